@@ -1,0 +1,80 @@
+"""What the converters share: from source tensors to a filled module, in memory or on disk."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert.mapping import Rule, Shapes, fill, flat_shapes, plan
+from convert.readers import SafetensorsReader
+from rfl_jax.errors import UserError
+from rfl_jax.models.weights import set_arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """How one network is recognised, built and filled.
+
+    Attributes:
+        namings: key tables by name.
+        naming: picks a table from the source's keys.
+        infer_config: sizes from the source's shapes and hints.
+        build: the Flax module of a config (called under eval_shape).
+        hint_names: fields of a config.json or `--set` that this component reads.
+    """
+
+    name: str
+    namings: dict[str, list[Rule]]
+    naming: Callable[[Shapes], str]
+    infer_config: Callable[[Shapes, dict], object]
+    build: Callable[..., nnx.Module]
+    hint_names: tuple[str, ...] = ()
+
+    def convert(self, sources: Sequence[Path | str], *, dtype: str | None = None, **hints) -> tuple[object, dict[str, np.ndarray]]:
+        """Config and `dotted.path -> array` of a checkpoint.
+
+        Raises:
+            UserError: unreadable files, or tensors that are missing, unexpected or misshapen.
+        """
+        unknown = sorted(set(hints) - set(self.hint_names))
+        if unknown:
+            raise UserError(f"{unknown[0]}: not a setting of {self.name}, expected one of {', '.join(self.hint_names) or 'none'}")
+        paths = [Path(source) for source in sources]
+        reader = SafetensorsReader(paths)
+        rules = self.namings[self.naming(reader.shapes)]
+        try:
+            cfg = self.infer_config(reader.shapes, {**sidecar(paths[0]), **hints})
+            target = flat_shapes(nnx.eval_shape(lambda: self.build(cfg)))
+            assignments = plan(rules, reader.shapes, target, what=self.name)
+        except UserError as error:
+            raise UserError(f"{paths[0]}: {error}") from None
+        return cfg, fill(assignments, target, reader.read, np.dtype(jnp.dtype(dtype)) if dtype else None)
+
+    def load(self, source: Path | str | Sequence[Path | str], *, dtype: str | None = None, **hints) -> nnx.Module:
+        """The Flax module filled with a checkpoint's weights, in memory.
+
+        Args:
+            source: file, folder of shards, index, or a list of files.
+            dtype: dtype of the stored weights; None keeps the source's.
+            hints: sizes that weights do not tell, see `infer_config`.
+        """
+        sources = [source] if isinstance(source, str | Path) else list(source)
+        cfg, arrays = self.convert(sources, dtype=dtype, **hints)
+        return set_arrays(nnx.eval_shape(lambda: self.build(cfg)), jax.tree.map(jnp.asarray, arrays))
+
+
+def sidecar(source: Path) -> dict:
+    """The config.json beside a checkpoint, as the original and diffusers publish it; empty where there is none."""
+    file = (source if source.is_dir() else source.parent) / "config.json"
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: expected JSON ({error})") from None
+    return content if isinstance(content, dict) else {}

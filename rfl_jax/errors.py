@@ -1,0 +1,22 @@
+"""The one exception that reaches the user as a line of text instead of a traceback."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """A bad input. The message names the file, row or key and what was expected."""
+
+
+@contextlib.contextmanager
+def refuse_in_one_line(command: str) -> Iterator[None]:
+    """Turns `UserError` into one line on stderr and exit status 2, Ctrl-C into status 130."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,89 @@
+"""The few layers every network here is made of.
+
+Each takes a `stack` of leading axes: the blocks of a transformer keep one array per weight, layers on axis 0,
+and `jax.lax.scan` hands each block its slice. Weights are stored in whatever dtype they were loaded in and are
+cast to the layer's compute dtype where they are used.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Stack = tuple[int, ...]
+
+
+def lecun_normal(rngs: nnx.Rngs, shape: Sequence[int], fan_in: int) -> Array:
+    """Normal samples of variance 1/fan_in, float32."""
+    return jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, plus the adapter's `(alpha / rank) * x @ lora_a @ lora_b` where one was added."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        bias: bool = True,
+        stack: Stack = (),
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.kernel = nnx.Param(lecun_normal(rngs, (*stack, d_in, d_out), d_in))
+        self.bias = nnx.Param(jnp.zeros((*stack, d_out))) if bias else None
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora_scale = 1.0
+
+    def __call__(self, x: Float[Array, "*b d_in"]) -> Float[Array, "*b d_out"]:
+        x = x.astype(self.dtype)
+        y = x @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        if self.lora_a is not None and self.lora_b is not None:
+            low = x @ self.lora_a[...].astype(self.dtype)
+            y = y + self.lora_scale * (low @ self.lora_b[...].astype(self.dtype))
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32, with a scale."""
+
+    def __init__(self, dim: int, *, eps: float, stack: Stack = (), rngs: nnx.Rngs):
+        del rngs
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((*stack, dim)))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        # Cast before the scale, as WanRMSNorm and T5LayerNorm do.
+        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
+    """Layer norm without parameters, returned in float32."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, -1, keepdims=True)
+    centred = x - mean
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias, in float32."""
+
+    def __init__(self, dim: int, *, eps: float, stack: Stack = (), rngs: nnx.Rngs):
+        del rngs
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((*stack, dim)))
+        self.bias = nnx.Param(jnp.zeros((*stack, dim)))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = layer_norm(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)

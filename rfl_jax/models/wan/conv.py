@@ -1,0 +1,59 @@
+"""Convolutions of the video autoencoders, channels last."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_DIMENSIONS_2D = ("NHWC", "HWIO", "NHWC")
+_DIMENSIONS_3D = ("NDHWC", "DHWIO", "NDHWC")
+
+
+def conv2d(x: Array, kernel: Array, *, stride: int = 1, padding: tuple[tuple[int, int], tuple[int, int]]) -> Array:
+    """2-D convolution over the last three axes (h, w, c); all leading axes are batch."""
+    lead = x.shape[:-3]
+    y = jax.lax.conv_general_dilated(
+        x.reshape(-1, *x.shape[-3:]), kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS_2D
+    )
+    return y.reshape(*lead, *y.shape[1:])
+
+
+def conv3d(
+    x: Float[Array, "b t h w c_in"], kernel: Float[Array, "kt kh kw c_in c_out"], *, temporal_stride: int = 1
+) -> Float[Array, "b t_out h w c_out"]:
+    """3-D convolution, zero padding that keeps h and w, none in time.
+
+    XLA's CPU backend runs 3-D convolutions several times slower than the same arithmetic as one 2-D convolution
+    per temporal tap, so it gets those; accelerators get the native operation.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_conv3d_by_taps, temporal_stride=temporal_stride),
+        default=functools.partial(_conv3d_native, temporal_stride=temporal_stride),
+    )
+
+
+def _conv3d_native(x: Array, kernel: Array, *, temporal_stride: int) -> Array:
+    kh, kw = kernel.shape[1:3]
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (temporal_stride, 1, 1),
+        ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2)),
+        dimension_numbers=_DIMENSIONS_3D,
+    )
+
+
+def _conv3d_by_taps(x: Array, kernel: Array, *, temporal_stride: int) -> Array:
+    taps, kh, kw = kernel.shape[:3]
+    frames = (x.shape[1] - taps) // temporal_stride + 1
+    padding = ((kh // 2, kh // 2), (kw // 2, kw // 2))
+    last = (frames - 1) * temporal_stride + 1
+
+    def tap(i: int) -> Array:
+        window = jax.lax.slice_in_dim(x, i, i + last, temporal_stride, axis=1)
+        return window @ kernel[i, 0, 0] if kh == kw == 1 else conv2d(window, kernel[i], padding=padding)
+
+    return functools.reduce(jnp.add, (tap(i) for i in range(taps)))

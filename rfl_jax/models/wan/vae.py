@@ -1,0 +1,446 @@
+"""The Wan2.1 and Wan2.2 causal video autoencoders (Wan-Video/Wan2.2 `wan/modules/vae2_1.py`, `vae2_2.py`).
+
+Every layer is written once and runs in two ways, told apart by the `Clock` it is handed:
+
+* `WholeClip`: all frames at once; the past of the first frame is zeros.
+* `Chunk`: one latent frame (four video frames) at a time, with the last frames of each convolution's input carried
+  from chunk to chunk. All chunks run the same program, so a clip is one `lax.scan`: the first chunk has a single real frame, in
+  last place, behind three junk frames that every convolution sees as zeros; the caller drops them from a decoded clip.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from rfl_jax.models.layers import Linear, lecun_normal
+from rfl_jax.models.wan.config import VAEConfig
+from rfl_jax.models.wan.conv import conv2d, conv3d
+
+Video = Float[Array, "b t h w c"]
+
+
+class Clock(Protocol):
+    """How a layer sees time."""
+
+    def with_past(self, x: Video, frames: int) -> Video:
+        """`x` behind the `frames` frames that came before it."""
+        ...
+
+    def halve(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
+        """Temporal downsampling: the clip's first frame passes, later ones go through `convolve` with stride 2."""
+        ...
+
+    def double(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
+        """Temporal upsampling: the clip's first frame passes, each later one becomes two by `convolve`."""
+        ...
+
+    def in_groups(self, x: Video, frames: int) -> Video:
+        """Frames that fill groups of `frames`, zeros before the clip's first."""
+        ...
+
+    def keep_first(self, x: Video, factor: int) -> Video:
+        """Drops what a `factor`-fold duplication put before the clip's first frame."""
+        ...
+
+
+def _interleave(x: Video) -> Video:
+    return rearrange(x, "b t h w (two c) -> b (t two) h w c", two=2)
+
+
+class WholeClip:
+    """All frames at once."""
+
+    def with_past(self, x: Video, frames: int) -> Video:
+        return jnp.pad(x, ((0, 0), (frames, 0), (0, 0), (0, 0), (0, 0)))
+
+    def halve(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
+        return jnp.concatenate([x[:, :1], convolve(x)], 1) if x.shape[1] > 1 else x
+
+    def double(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
+        if x.shape[1] == 1:
+            return x
+        later = convolve(self.with_past(x[:, 1:], 2))
+        return jnp.concatenate([x[:, :1], _interleave(later)], 1)
+
+    def in_groups(self, x: Video, frames: int) -> Video:
+        return jnp.pad(x, ((0, 0), (-x.shape[1] % frames, 0), (0, 0), (0, 0), (0, 0)))
+
+    def keep_first(self, x: Video, factor: int) -> Video:
+        return x[:, factor - 1 :]
+
+
+class Chunk:
+    """One step of the scan.
+
+    Args:
+        first: whether this is the clip's first chunk (a traced bool).
+        caches: the past of each convolution in the order of use; None starts with zeros.
+    """
+
+    def __init__(self, first: Array, caches: Sequence[Array] | None):
+        self._first = first
+        self._past = iter(caches) if caches is not None else None
+        self.caches: list[Array] = []
+
+    def _real(self, x: Video) -> Video:
+        junk = jnp.arange(x.shape[1]) < x.shape[1] - 1
+        return jnp.where((self._first & junk)[:, None, None, None], 0, x)
+
+    def with_past(self, x: Video, frames: int) -> Video:
+        return self._behind(self._real(x), frames)
+
+    def _behind(self, x: Video, frames: int) -> Video:
+        past = next(self._past) if self._past else jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype)
+        joined = jnp.concatenate([past, x], 1)
+        self.caches.append(joined[:, -frames:])
+        return joined
+
+    def halve(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
+        return jnp.where(self._first, x[:, 1::2], convolve(self.with_past(x, 1)))
+
+    def double(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
+        # The convolution must not see the clip's first frame, now or later: the reference starts it after that.
+        later = convolve(self._behind(jnp.where(self._first, 0, x), 2))
+        # Chosen before the interleave: after it, a space-sharded clip would be gathered.
+        return _interleave(jnp.where(self._first, jnp.concatenate([x, x], -1), later))
+
+    def in_groups(self, x: Video, frames: int) -> Video:
+        return self._real(x)
+
+    def keep_first(self, x: Video, factor: int) -> Video:
+        return x  # the junk stays in front
+
+
+class CausalConv(nnx.Module):
+    """3-D convolution that sees the present and the past."""
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel: tuple[int, int, int], *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.dtype = dtype
+        self.stride = stride
+        self.kernel = nnx.Param(lecun_normal(rngs, (*kernel, c_in, c_out), kernel[0] * kernel[1] * kernel[2] * c_in))
+        self.bias = nnx.Param(jnp.zeros(c_out))
+
+    def valid(self, x: Video) -> Video:
+        """Without padding in time."""
+        y = conv3d(x.astype(self.dtype), self.kernel[...].astype(self.dtype), temporal_stride=self.stride)
+        return y + self.bias[...].astype(self.dtype)
+
+    def __call__(self, x: Video, clock: Clock) -> Video:
+        return self.valid(clock.with_past(x.astype(self.dtype), self.kernel.shape[0] - 1))
+
+
+class Conv2D(nnx.Module):
+    """3x3 convolution of every frame."""
+
+    def __init__(self, c_in: int, c_out: int, *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.stride = stride
+        self.kernel = nnx.Param(lecun_normal(rngs, (3, 3, c_in, c_out), 9 * c_in))
+        self.bias = nnx.Param(jnp.zeros(c_out))
+
+    def __call__(self, x: Video) -> Video:
+        side = (0, 1) if self.stride == 2 else (1, 1)
+        y = conv2d(
+            x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride, padding=(side, side)
+        )
+        return y + self.bias[...].astype(self.dtype)
+
+
+class ChannelNorm(nnx.Module):
+    """L2-normalised channels times sqrt(c) and a scale (the reference's RMS_norm), in float32."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones(dim))
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        # max() on the square: the norm's own gradient is undefined on the junk frames' zeros.
+        inverse = jax.lax.rsqrt(jnp.maximum(jnp.sum(y * y, -1, keepdims=True), 1e-24))
+        return (y * inverse * x.shape[-1] ** 0.5 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm1 = ChannelNorm(c_in)
+        self.conv1 = CausalConv(c_in, c_out, (3, 3, 3), dtype=dtype, rngs=rngs)
+        self.norm2 = ChannelNorm(c_out)
+        self.conv2 = CausalConv(c_out, c_out, (3, 3, 3), dtype=dtype, rngs=rngs)
+        self.shortcut = Linear(c_in, c_out, dtype=dtype, rngs=rngs) if c_in != c_out else None
+
+    def __call__(self, x: Video, clock: Clock) -> Video:
+        h = self.conv1(jax.nn.silu(self.norm1(x)), clock)
+        h = self.conv2(jax.nn.silu(self.norm2(h)), clock)
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class FrameAttention(nnx.Module):
+    """Single-head self-attention among the positions of each frame."""
+
+    def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm = ChannelNorm(dim)
+        self.qkv = Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Video) -> Video:
+        b, t, h, w, c = x.shape
+        qkv = rearrange(self.qkv(self.norm(x)), "b t h w (three c) -> three (b t) (h w) 1 c", three=3)
+        y = jax.nn.dot_product_attention(*qkv, implementation="xla")
+        return x + self.proj(y.reshape(b, t, h, w, c))
+
+
+class Downsample(nnx.Module):
+    def __init__(self, dim: int, *, temporal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.conv = Conv2D(dim, dim, stride=2, dtype=dtype, rngs=rngs)
+        self.time_conv = CausalConv(dim, dim, (3, 1, 1), stride=2, dtype=dtype, rngs=rngs) if temporal else None
+
+    def __call__(self, x: Video, clock: Clock) -> Video:
+        x = self.conv(x)
+        return x if self.time_conv is None else clock.halve(x, self.time_conv.valid)
+
+
+class Upsample(nnx.Module):
+    def __init__(self, c_in: int, c_out: int, *, temporal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.time_conv = CausalConv(c_in, 2 * c_in, (3, 1, 1), dtype=dtype, rngs=rngs) if temporal else None
+        self.conv = Conv2D(c_in, c_out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Video, clock: Clock) -> Video:
+        if self.time_conv is not None:
+            x = clock.double(x, self.time_conv.valid)
+        return self.conv(repeat(x, "b t h w c -> b t (h h2) (w w2) c", h2=2, w2=2))
+
+
+def average_down(x: Video, c_out: int, clock: Clock, *, time: int, space: int) -> Video:
+    """Wan2.2's shortcut around a downsampling stage (AvgDown3D): means over neighbouring pixels and channels."""
+    x = clock.in_groups(x, time) if time > 1 else x
+    x = rearrange(x, "b (t ft) (h fh) (w fw) c -> b t h w (c ft fh fw)", ft=time, fh=space, fw=space)
+    return jnp.mean(rearrange(x, "b t h w (c group) -> b t h w c group", c=c_out), -1)
+
+
+def duplicate_up(x: Video, c_out: int, clock: Clock, *, time: int, space: int) -> Video:
+    """Wan2.2's shortcut around an upsampling stage (DupUp3D): channels laid out as neighbouring pixels."""
+    x = repeat(x, "b t h w c -> b t h w (c copies)", copies=c_out * time * space * space // x.shape[-1])
+    x = rearrange(x, "b t h w (c ft fh fw) -> b (t ft) (h fh) (w fw) c", ft=time, fh=space, fw=space)
+    return clock.keep_first(x, time)
+
+
+class DownStage(nnx.Module):
+    """Residual blocks, then a downsampling unless it is the last stage."""
+
+    def __init__(
+        self, c_in: int, c_out: int, cfg: VAEConfig, *, down: bool, temporal: bool, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.c_out = c_out
+        self.factors = (2 if temporal else 1, 2 if down else 1)
+        self.shortcut = cfg.version == "2.2"
+        widths = [c_in] + [c_out] * cfg.num_res_blocks
+        self.blocks = nnx.List(
+            ResidualBlock(a, b, dtype=dtype, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.resample = Downsample(c_out, temporal=temporal, dtype=dtype, rngs=rngs) if down else None
+
+    def __call__(self, x: Video, clock: Clock) -> Video:
+        h = x
+        for block in self.blocks:
+            h = block(h, clock)
+        if self.resample is not None:
+            h = self.resample(h, clock)
+        if self.shortcut:
+            h = h + average_down(x, self.c_out, clock, time=self.factors[0], space=self.factors[1])
+        return h
+
+
+class UpStage(nnx.Module):
+    """Residual blocks, then an upsampling unless it is the last stage."""
+
+    def __init__(
+        self, c_in: int, c_out: int, cfg: VAEConfig, *, up: bool, temporal: bool, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.c_out = c_out
+        self.factors = (2 if temporal else 1, 2)
+        self.shortcut = cfg.version == "2.2" and up
+        widths = [c_in] + [c_out] * (cfg.num_res_blocks + 1)
+        self.blocks = nnx.List(
+            ResidualBlock(a, b, dtype=dtype, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        # Wan2.1 halves the width while upsampling, Wan2.2 in the next stage's first block.
+        up_out = c_out if cfg.version == "2.2" else c_out // 2
+        self.resample = Upsample(c_out, up_out, temporal=temporal, dtype=dtype, rngs=rngs) if up else None
+
+    def __call__(self, x: Video, clock: Clock) -> Video:
+        h = x
+        for block in self.blocks:
+            h = block(h, clock)
+        if self.resample is not None:
+            h = self.resample(h, clock)
+        if self.shortcut:
+            h = h + duplicate_up(x, self.c_out, clock, time=self.factors[0], space=self.factors[1])
+        return h
+
+
+class Middle(nnx.Module):
+    def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.block1 = ResidualBlock(dim, dim, dtype=dtype, rngs=rngs)
+        self.attention = FrameAttention(dim, dtype=dtype, rngs=rngs)
+        self.block2 = ResidualBlock(dim, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Video, clock: Clock) -> Video:
+        return self.block2(self.attention(self.block1(x, clock)), clock)
+
+
+class Encoder(nnx.Module):
+    def __init__(self, cfg: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
+        last = len(cfg.dim_mult) - 1
+        self.conv_in = CausalConv(3 * cfg.patch**2, widths[0], (3, 3, 3), dtype=dtype, rngs=rngs)
+        self.stages = nnx.List(
+            DownStage(
+                widths[i], widths[i + 1], cfg,
+                down=i < last, temporal=i < last and cfg.temporal_downsample[i], dtype=dtype, rngs=rngs,
+            )
+            for i in range(last + 1)
+        )  # fmt: skip
+        self.middle = Middle(widths[-1], dtype=dtype, rngs=rngs)
+        self.norm_out = ChannelNorm(widths[-1])
+        self.conv_out = CausalConv(widths[-1], 2 * cfg.z_dim, (3, 3, 3), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Video, clock: Clock) -> Video:
+        x = self.conv_in(x, clock)
+        for stage in self.stages:
+            x = stage(x, clock)
+        x = self.middle(x, clock)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), clock)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, cfg: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        widths = [cfg.decoder_dim * m for m in (cfg.dim_mult[-1], *reversed(cfg.dim_mult))]
+        temporal = tuple(reversed(cfg.temporal_downsample))
+        last = len(cfg.dim_mult) - 1
+        self.conv_in = CausalConv(cfg.z_dim, widths[0], (3, 3, 3), dtype=dtype, rngs=rngs)
+        self.middle = Middle(widths[0], dtype=dtype, rngs=rngs)
+        halved = cfg.version == "2.1"
+        self.stages = nnx.List(
+            UpStage(
+                widths[i] // 2 if halved and i else widths[i], widths[i + 1], cfg,
+                up=i < last, temporal=i < last and temporal[i], dtype=dtype, rngs=rngs,
+            )
+            for i in range(last + 1)
+        )  # fmt: skip
+        self.norm_out = ChannelNorm(widths[-1])
+        self.conv_out = CausalConv(widths[-1], 3 * cfg.patch**2, (3, 3, 3), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Video, clock: Clock) -> Video:
+        x = self.middle(self.conv_in(x, clock), clock)
+        for stage in self.stages:
+            x = stage(x, clock)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), clock)
+
+
+class VAE(nnx.Module):
+    """Video in [-1, 1] <-> normalised latents.
+
+    Args:
+        cfg: sizes and latent statistics.
+        dtype: compute dtype of the convolutions; norms and outputs are float32.
+    """
+
+    def __init__(self, cfg: VAEConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.encoder = Encoder(cfg, dtype=dtype, rngs=rngs)
+        self.quant = Linear(2 * cfg.z_dim, 2 * cfg.z_dim, dtype=dtype, rngs=rngs)
+        self.post_quant = Linear(cfg.z_dim, cfg.z_dim, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(cfg, dtype=dtype, rngs=rngs)
+
+    def encode(self, video: Video) -> Video:
+        """Normalised latent means, chunk by chunk.
+
+        Args:
+            video: [b, 4n+1, h, w, 3] in [-1, 1]; h and w are multiples of the spatial stride.
+
+        Returns:
+            [b, n+1, h/stride, w/stride, z], float32.
+        """
+        t = self.cfg.stride[0]
+        # The first frame goes in last place of a chunk of its own.
+        padded = jnp.pad(self._patchify(video), ((0, 0), (t - 1, 0), (0, 0), (0, 0), (0, 0)))
+        chunks = rearrange(padded, "b (n t) h w c -> n b t h w c", t=t)
+        out = self._scan(self.encoder, chunks)
+        return self._normalise(rearrange(out, "n b t h w c -> b (n t) h w c"))
+
+    def encode_moments(self, video: Video) -> tuple[Video, Video]:
+        """Mean and log-variance of the unnormalised latents of a whole clip (what training an autoencoder needs)."""
+        moments = self.quant(self.encoder(self._patchify(video), WholeClip()))
+        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, -1)
+        return mean, log_variance
+
+    def encode_whole(self, video: Video) -> Video:
+        """`encode` without chunks: the simplest form, and the one with the largest memory."""
+        return self._normalise(self.encoder(self._patchify(video), WholeClip()))
+
+    def encode_first_frame(self, image: Float[Array, "b h w 3"], frames: int, end_image: Array | None = None) -> Video:
+        """Latents of a clip that shows `image`, then mid-grey zeros, and `end_image` last if given."""
+        video = jnp.zeros((image.shape[0], frames, *image.shape[1:]), image.dtype).at[:, 0].set(image)
+        if end_image is not None:
+            video = video.at[:, -1].set(end_image)
+        return self.encode(video)
+
+    def decode(self, latents: Video) -> Video:
+        """Video of normalised latents, one latent frame at a time, each rematerialised in the backward pass.
+
+        Args:
+            latents: [b, n+1, h, w, z].
+
+        Returns:
+            [b, 4n+1, h*stride, w*stride, 3], float32, about [-1, 1] but not clamped.
+        """
+        z = rearrange(self.post_quant(self._denormalise(latents)), "b n h w c -> n b 1 h w c")
+        out = rearrange(self._scan(self.decoder, z), "n b t h w c -> b (n t) h w c")
+        return self._unpatchify(out[:, self.cfg.stride[0] - 1 :])
+
+    def decode_whole(self, latents: Video) -> Video:
+        """`decode` of all frames at once."""
+        return self._unpatchify(self.decoder(self.post_quant(self._denormalise(latents)), WholeClip()))
+
+    def _scan(self, network: nnx.Module, chunks: Float[Array, "n b t h w c"]) -> Array:
+        graph, weights = nnx.split(network)
+
+        def run(chunk: Array, first: Array, caches: list[Array] | None) -> tuple[list[Array], Array]:
+            clock = Chunk(first, caches)
+            out = nnx.merge(graph, weights)(chunk, clock)
+            return clock.caches, out
+
+        @jax.checkpoint
+        def step(caches: list[Array], x: tuple[Array, Array]) -> tuple[list[Array], Array]:
+            return run(*x, caches)
+
+        shapes, _ = jax.eval_shape(lambda c: run(c, jnp.bool_(True), None), chunks[0])
+        caches = [jnp.zeros(s.shape, s.dtype) for s in shapes]
+        first = jnp.arange(chunks.shape[0]) == 0
+        return jax.lax.scan(step, caches, (chunks, first))[1]
+
+    def _statistics(self) -> tuple[Array, Array]:
+        return jnp.asarray(self.cfg.latent_mean, jnp.float32), jnp.asarray(self.cfg.latent_std, jnp.float32)
+
+    def _normalise(self, encoded: Video) -> Video:
+        mean, std = self._statistics()
+        return (self.quant(encoded)[..., : self.cfg.z_dim].astype(jnp.float32) - mean) / std
+
+    def _denormalise(self, latents: Video) -> Video:
+        mean, std = self._statistics()
+        return latents * std + mean
+
+    def _patchify(self, video: Video) -> Video:
+        p = self.cfg.patch
+        return rearrange(video, "b t (h q) (w r) c -> b t h w (c r q)", q=p, r=p)
+
+    def _unpatchify(self, x: Video) -> Video:
+        p = self.cfg.patch
+        return rearrange(x, "b t h w (c r q) -> b t (h q) (w r) c", q=p, r=p).astype(jnp.float32)

@@ -1,0 +1,40 @@
+"""Rematerialisation policies by name.
+
+The backward pass of the last denoising steps needs every block's activations. What is kept, recomputed or
+moved to host memory is chosen by one word of the config.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+BLOCK_INPUT = "block_input"
+ATTENTION_OUTPUT = "attention_output"
+
+POLICIES: dict[str, Callable | None] = {
+    # Nothing but the block's inputs survives (jax.checkpoint's default).
+    "full": None,
+    # Attention is the most expensive thing to recompute and its output the cheapest to keep.
+    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
+    # Block inputs wait in pinned host memory. The *input* carries the name: with the name on the output the
+    # residual would stay on the device.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+NAMES = ("none", *POLICIES)
+
+
+def remat(function: Callable, policy: str) -> Callable:
+    """Wraps `function` for rematerialisation under the policy of that name (`none` returns it as it is)."""
+    if policy == "none":
+        return function
+    # Inside a scan the loop itself keeps XLA from merging the recomputation away, so no barrier is needed.
+    return jax.checkpoint(function, policy=POLICIES[policy], prevent_cse=False)
+
+
+__all__ = ["ATTENTION_OUTPUT", "BLOCK_INPUT", "NAMES", "POLICIES", "checkpoint_name", "remat"]
