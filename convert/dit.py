@@ -30,7 +30,7 @@ def _norm(source: str, target: str) -> list[Rule]:
 def _rules(names: dict[str, str], attention: dict[str, str], projections: dict[str, str]) -> list[Rule]:
     block = r"blocks\.(\d+)\."
     rules = [
-        Rule(r"patch_embedding\.weight", "patch_embedding.kernel", patchify),
+        Rule(r"patch_embedding\.weight", "patch_embedding.kernel", patchify(PATCH)),
         Rule(r"patch_embedding\.bias", "patch_embedding.bias"),
         Rule(names["head_modulation"], "head_modulation", squeeze_leading),
         Rule(block + names["modulation"], "blocks.modulation", squeeze_leading, True),

@@ -9,47 +9,45 @@ from flax import nnx
 
 from rfl_jax.errors import UserError
 
-Transform = Callable[[np.ndarray], np.ndarray]
 MOST_NAMED = 12
 
 
-def identity(x: np.ndarray) -> np.ndarray:
-    return x
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A change of layout from PyTorch's to ours, and back."""
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
 
 
-def transpose(x: np.ndarray) -> np.ndarray:
-    """PyTorch linear [out, in] -> [in, out]."""
-    return x.T
+identity = Transform(lambda x: x, lambda x: x)
+# Linear: [out, in] -> [in, out].
+transpose = Transform(lambda x: _axes(x, 2).T, lambda x: x.T)
+# Modulation: [1, n, d] -> [n, d].
+squeeze_leading = Transform(lambda x: _axes(x, 3)[0], lambda x: x[None])
+# Norms with trailing unit axes: [c, 1, 1] and [c, 1, 1, 1] -> [c].
+flatten_2d = Transform(lambda x: _axes(x, 3)[:, 0, 0], lambda x: x[:, None, None])
+flatten_3d = Transform(lambda x: _axes(x, 4)[:, 0, 0, 0], lambda x: x[:, None, None, None])
+# Convolutions: [out, in, h, w] -> [h, w, in, out], [out, in, t, h, w] -> [t, h, w, in, out].
+conv2d = Transform(lambda x: _axes(x, 4).transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
+conv3d = Transform(lambda x: _axes(x, 5).transpose(2, 3, 4, 1, 0), lambda x: x.transpose(4, 3, 0, 1, 2))
+# Convolutions of one pixel: [out, in, 1, 1] and [out, in, 1, 1, 1] -> [in, out].
+pointwise_2d = Transform(lambda x: _axes(x, 4)[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
+pointwise_3d = Transform(lambda x: _axes(x, 5)[:, :, 0, 0, 0].T, lambda x: x.T[:, :, None, None, None])
 
 
-def squeeze_leading(x: np.ndarray) -> np.ndarray:
-    """[1, ...] -> [...]."""
-    return x[0]
-
-
-def flatten(x: np.ndarray) -> np.ndarray:
-    """[c, 1, 1, 1] -> [c]."""
-    return x.reshape(-1)
-
-
-def conv2d(x: np.ndarray) -> np.ndarray:
-    """[out, in, h, w] -> [h, w, in, out]."""
-    return x.transpose(2, 3, 1, 0)
-
-
-def conv3d(x: np.ndarray) -> np.ndarray:
-    """[out, in, t, h, w] -> [t, h, w, in, out]."""
-    return x.transpose(2, 3, 4, 1, 0)
-
-
-def pointwise(x: np.ndarray) -> np.ndarray:
-    """1x1(x1) convolution [out, in, 1, 1(, 1)] -> [in, out]."""
-    return x.reshape(x.shape[0], x.shape[1]).T
-
-
-def patchify(x: np.ndarray) -> np.ndarray:
+def patchify(patch: tuple[int, int, int]) -> Transform:
     """Patch convolution [out, in, t, h, w] -> [t*h*w*in, out]."""
-    return x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0])
+    return Transform(
+        lambda x: conv3d.forward(x).reshape(-1, x.shape[0]),
+        lambda x: conv3d.inverse(x.reshape(*patch, -1, x.shape[-1])),
+    )
+
+
+def _axes(x: np.ndarray, count: int) -> np.ndarray:
+    if x.ndim != count:
+        raise ValueError(f"expected {count} axes, got {x.ndim}")
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,8 @@ class Rule:
     r"""One row of a key map.
 
     Attributes:
-        pattern: regular expression that matches the whole source key.
+        pattern: regular expression that matches the whole source key; literal but for the layer's number, so that
+            it also tells the key of a target.
         target: the parameter's path, with `\1`-style groups. None ignores the key on purpose.
         transform: source layout to target layout.
         stacked: the pattern's first group is the layer, which becomes the index on axis 0 of the target.
@@ -67,6 +66,10 @@ class Rule:
     target: str | None
     transform: Transform = identity
     stacked: bool = False
+
+    def key(self, layer: int | None) -> str:
+        """The source key."""
+        return self.pattern.replace(r"(\d+)", str(layer)).replace("\\.", ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,15 +160,11 @@ def plan(rules: Sequence[Rule], source: Shapes, target: Shapes, *, what: str) ->
 
 
 def _shape_after(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    # A zero-stride view carries the shape without memory, so full-size models are checked for nothing.
+    # A zero-stride array carries the shape without memory, so full-size models are checked for nothing.
     try:
-        return transform(np.broadcast_to(np.float32(0), shape)).shape if transform is not patchify else _patchified(shape)
-    except (ValueError, IndexError):
+        return transform.forward(np.broadcast_to(np.float32(0), shape)).shape
+    except ValueError:
         return None
-
-
-def _patchified(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    return (int(np.prod(shape[1:])), shape[0]) if len(shape) == 5 else None
 
 
 def fill(
@@ -179,7 +178,7 @@ def fill(
     """
     arrays: dict[str, np.ndarray] = {}
     for item in assignments:
-        value = item.transform(read(item.key))
+        value = item.transform.forward(read(item.key))
         if dtype is not None:
             value = value.astype(dtype)
         if item.layer is None:
@@ -189,3 +188,24 @@ def fill(
                 arrays[item.target] = np.empty(target[item.target], value.dtype)
             arrays[item.target][item.layer] = value
     return arrays
+
+
+def check_filled(module: nnx.Module, arrays: Mapping[str, np.ndarray], *, what: str) -> None:
+    """Refuses arrays that are not exactly a module's parameters, in name and shape."""
+    target, got = flat_shapes(module), {name: array.shape for name, array in arrays.items()}
+    wrong = sorted(name for name in target.keys() | got.keys() if target.get(name) != got.get(name))
+    if wrong:
+        raise UserError(f"{what}: {wrong[0]} has shape {got.get(wrong[0])}, expected {target.get(wrong[0])}")
+
+
+def unfill(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `fill`: source keys and layouts of a module's parameters. Missing optional tensors stay missing."""
+    out: dict[str, np.ndarray] = {}
+    for rule in rules:
+        if rule.target is None or rule.target not in arrays:
+            continue
+        value = arrays[rule.target]
+        for layer in range(value.shape[0]) if rule.stacked else [None]:
+            source = rule.transform.inverse(value if layer is None else value[layer])
+            out[rule.key(layer)] = np.ascontiguousarray(source)
+    return out

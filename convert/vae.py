@@ -5,7 +5,19 @@ from collections.abc import Mapping, Sequence
 from flax import nnx
 
 from convert.component import Component
-from convert.mapping import Rule, Shapes, conv2d, conv3d, flatten, identity, pointwise, target_shapes
+from convert.mapping import (
+    Rule,
+    Shapes,
+    Transform,
+    conv2d,
+    conv3d,
+    flatten_2d,
+    flatten_3d,
+    identity,
+    pointwise_2d,
+    pointwise_3d,
+    target_shapes,
+)
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import VAE_PRESETS, VAEConfig
 from rfl_jax.models.wan.vae import VAE
@@ -14,12 +26,12 @@ STAGES = 4  # len(dim_mult) of every published Wan autoencoder
 RES_BLOCKS = 2
 
 
-def _layer(source: str, target: str, transform) -> list[Rule]:  # noqa: ANN001
+def _layer(source: str, target: str, transform: Transform) -> list[Rule]:
     return [Rule(rf"{source}\.weight", f"{target}.kernel", transform), Rule(rf"{source}\.bias", f"{target}.bias", identity)]
 
 
-def _norm(source: str, target: str) -> Rule:
-    return Rule(rf"{source}\.gamma", f"{target}.scale", flatten)
+def _norm(source: str, target: str, transform: Transform = flatten_3d) -> Rule:
+    return Rule(rf"{source}\.gamma", f"{target}.scale", transform)
 
 
 def _rules(places: Mapping[str, str], residual: Mapping[str, str], outer: Mapping[str, str]) -> list[Rule]:
@@ -28,9 +40,9 @@ def _rules(places: Mapping[str, str], residual: Mapping[str, str], outer: Mappin
     for target, source in places.items():
         kind = target.rsplit(".", 2)[-2 if target[-1].isdigit() else -1]
         if kind == "attention":
-            rules += [_norm(rf"{source}\.norm", f"{target}.norm")]
-            rules += _layer(rf"{source}\.to_qkv", f"{target}.qkv", pointwise)
-            rules += _layer(rf"{source}\.proj", f"{target}.proj", pointwise)
+            rules += [_norm(rf"{source}\.norm", f"{target}.norm", flatten_2d)]
+            rules += _layer(rf"{source}\.to_qkv", f"{target}.qkv", pointwise_2d)
+            rules += _layer(rf"{source}\.proj", f"{target}.proj", pointwise_2d)
         elif kind == "resample":
             rules += _layer(rf"{source}\.resample\.1", f"{target}.conv", conv2d)
             rules += _layer(rf"{source}\.time_conv", f"{target}.time_conv", conv3d)
@@ -38,13 +50,13 @@ def _rules(places: Mapping[str, str], residual: Mapping[str, str], outer: Mappin
             for norm, conv in (("norm1", "conv1"), ("norm2", "conv2")):
                 rules += [_norm(rf"{source}\.{residual[norm]}", f"{target}.{norm}")]
                 rules += _layer(rf"{source}\.{residual[conv]}", f"{target}.{conv}", conv3d)
-            rules += _layer(rf"{source}\.{residual['shortcut']}", f"{target}.shortcut", pointwise)
+            rules += _layer(rf"{source}\.{residual['shortcut']}", f"{target}.shortcut", pointwise_3d)
     for half in ("encoder", "decoder"):
         rules += _layer(rf"{half}\.{outer['conv_in']}", f"{half}.conv_in", conv3d)
         rules += _layer(rf"{half}\.{outer['conv_out']}", f"{half}.conv_out", conv3d)
         rules += [_norm(rf"{half}\.{outer['norm_out']}", f"{half}.norm_out")]
-    rules += _layer(outer["quant"], "quant", pointwise)
-    rules += _layer(outer["post_quant"], "post_quant", pointwise)
+    rules += _layer(outer["quant"], "quant", pointwise_3d)
+    rules += _layer(outer["post_quant"], "post_quant", pointwise_3d)
     return rules
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from rfl_jax.models.layers import Linear, lecun_normal
 from rfl_jax.models.wan.config import VAEConfig
-from rfl_jax.models.wan.conv import conv2d, conv3d
+from rfl_jax.models.conv import conv2d, conv3d
 
 Video = Float[Array, "b t h w c"]
 

@@ -1,20 +1,36 @@
-"""Convolutions of the video autoencoders, channels last."""
+"""Convolutions, channels last."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from rfl_jax.models.layers import lecun_normal
 
 _DIMENSIONS_2D = ("NHWC", "HWIO", "NHWC")
 _DIMENSIONS_3D = ("NDHWC", "DHWIO", "NDHWC")
 
 
-def conv2d(x: Array, kernel: Array, *, stride: int = 1, padding: tuple[tuple[int, int], tuple[int, int]]) -> Array:
+def conv2d(
+    x: Array,
+    kernel: Array,
+    *,
+    stride: int = 1,
+    padding: tuple[tuple[int, int], tuple[int, int]],
+    groups: int = 1,
+) -> Array:
     """2-D convolution over the last three axes (h, w, c); all leading axes are batch."""
     lead = x.shape[:-3]
     y = jax.lax.conv_general_dilated(
-        x.reshape(-1, *x.shape[-3:]), kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS_2D
+        x.reshape(-1, *x.shape[-3:]),
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=_DIMENSIONS_2D,
+        feature_group_count=groups,
     )
     return y.reshape(*lead, *y.shape[1:])
 
@@ -57,3 +73,36 @@ def _conv3d_by_taps(x: Array, kernel: Array, *, temporal_stride: int) -> Array:
         return window @ kernel[i, 0, 0] if kh == kw == 1 else conv2d(window, kernel[i], padding=padding)
 
     return functools.reduce(jnp.add, (tap(i) for i in range(taps)))
+
+
+class SquareConv(nnx.Module):
+    """Square 2-D convolution with bias, zero padding of half the kernel."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.stride = stride
+        self.groups = groups
+        fan_in = kernel * kernel * c_in // groups
+        self.kernel = nnx.Param(lecun_normal(rngs, (kernel, kernel, c_in // groups, c_out), fan_in))
+        self.bias = nnx.Param(jnp.zeros(c_out))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        side = (self.kernel.shape[0] // 2,) * 2
+        y = conv2d(
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            stride=self.stride,
+            padding=(side, side),
+            groups=self.groups,
+        )
+        return y + self.bias[...].astype(self.dtype)

@@ -1,0 +1,113 @@
+"""ArcFace IResNet from ONNX (antelopev2's glintr100.onnx and its relatives), matched by walking the graph."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert.mapping import check_filled
+from convert.onnx_graph import Graph, stride
+from rfl_jax.models.weights import set_arrays
+from rfl_jax.rewards.arcface import CROP, IResNet, IResNetConfig
+
+STAGES = 4
+
+
+def walk(graph: Graph) -> tuple[IResNetConfig, dict[str, np.ndarray]]:
+    """Sizes and weights of an IResNet graph.
+
+    Raises:
+        UserError: naming the first node that differs.
+    """
+    arrays: dict[str, np.ndarray] = {}
+
+    def conv(node, name: str) -> str:  # noqa: ANN001
+        arrays[f"{name}.kernel"], arrays[f"{name}.bias"], out = graph.convolution(node)
+        return out
+
+    def affine(node, name: str) -> str:  # noqa: ANN001
+        scale, bias = graph.affine(node)
+        arrays[f"{name}.scale"], arrays[f"{name}.bias"] = scale.astype(np.float32), bias.astype(np.float32)
+        return node.output
+
+    def prelu(tensor: str, name: str) -> str:
+        node = graph.next(tensor, "PRelu")
+        arrays[f"{name}.slope"] = graph.constant(node, 1).reshape(-1).astype(np.float32)
+        return node.output
+
+    x = prelu(conv(graph.next(graph.input, "Conv"), "conv1"), "prelu")
+    stem = arrays["conv1.bias"].size
+    widths: list[int] = []
+    layers: list[int] = []
+    index = 0
+    while len(consumers := graph.consumers(x)) == 2:
+        name = f"blocks.{index}"
+        norm = next((n for n in consumers if n.op == "BatchNormalization"), None)
+        other = next((n for n in consumers if n is not norm), None)
+        if norm is None or other is None:
+            raise graph.refuse(consumers[0], "BatchNormalization at the start of a block")
+        h = conv(graph.next(affine(norm, f"{name}.norm"), "Conv"), f"{name}.conv1")
+        last = graph.next(prelu(h, f"{name}.prelu"), "Conv")
+        h = conv(last, f"{name}.conv2")
+        add = graph.next(h, "Add")
+        if other.op == "Conv":
+            shortcut = conv(other, f"{name}.shortcut")
+            widths.append(arrays[f"{name}.conv2.bias"].size)
+            layers.append(0)
+            if stride(last) != 2 or stride(other) != 2:
+                raise graph.refuse(last, "stride 2 in the first block of a stage")
+        else:
+            shortcut = x
+        if {h, shortcut} != set(add.inputs) or not layers:
+            raise graph.refuse(add, "the sum of a block and its shortcut")
+        layers[-1] += 1
+        x = add.output
+        index += 1
+    if len(layers) != STAGES:
+        raise graph.refuse(consumers[0] if consumers else None, f"{STAGES} stages, found {len(layers)}")
+
+    x = affine(graph.next(x, "BatchNormalization"), "norm")
+    x = graph.next(x, "Flatten", "Reshape").output
+    gemm = graph.next(x, "Gemm")
+    kernel = graph.constant(gemm, 1).astype(np.float64)
+    kernel = kernel if gemm.attributes.get("transB", 0) else kernel.T
+    bias = graph.constant(gemm, 2).astype(np.float64)
+    x = gemm.output
+    if features := graph.follows(x, "BatchNormalization"):
+        scale, shift = graph.affine(features)
+        kernel, bias, x = kernel * scale[:, None], bias * scale + shift, features.output
+    if x not in graph.outputs:
+        raise graph.refuse(graph.consumers(x)[0] if graph.consumers(x) else gemm, "the embedding as the output")
+    side = CROP // 2**STAGES
+    if kernel.shape[1] != widths[-1] * side * side:
+        raise graph.refuse(gemm, f"{widths[-1] * side * side} features of a {CROP}x{CROP} crop, found {kernel.shape[1]}")
+    # The graph flattens channels first, the module channels last.
+    kernel = kernel.reshape(-1, widths[-1], side, side).transpose(2, 3, 1, 0).reshape(-1, bias.size)
+    arrays["fc.kernel"], arrays["fc.bias"] = kernel.astype(np.float32), bias.astype(np.float32)
+    return IResNetConfig(tuple(widths), tuple(layers), stem, bias.size), arrays
+
+
+def build(cfg: IResNetConfig) -> IResNet:
+    return IResNet(cfg, rngs=nnx.Rngs(0))
+
+
+def convert(source: Path | str) -> tuple[IResNetConfig, dict[str, np.ndarray]]:
+    """Config and `dotted.path -> array` of an ONNX file."""
+    graph = Graph(Path(source))
+    cfg, arrays = walk(graph)
+    check_filled(nnx.eval_shape(lambda: build(cfg)), arrays, what=str(source))
+    return cfg, arrays
+
+
+def load(source: Path | str) -> IResNet:
+    """The Flax embedder filled with an ONNX file's weights.
+
+    Raises:
+        UserError: not an ONNX file, or naming the first node that is not IResNet's.
+    """
+    cfg, arrays = convert(source)
+    return set_arrays(nnx.eval_shape(lambda: build(cfg)), jax.tree.map(jnp.asarray, arrays))
+
+
