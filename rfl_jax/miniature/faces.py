@@ -1,0 +1,262 @@
+"""A renderer of drawn faces: who they are, how they move, where they are.
+
+Everything is a smooth function on the GPU or CPU: shapes are signed distances, blended with soft edges, so thousands
+of frames a second come out of one jitted, vmapped call. A face is a vector of identity factors in [0, 1]; a frame
+adds pose, expression and light; a clip moves them smoothly.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Factors that make a person, each uniform in [0, 1].
+IDENTITY = (
+    "face_width", "jaw", "face_height", "skin_tone", "skin_hue",
+    "hair_tone", "hair_hue", "hair_length", "hair_volume", "fringe", "parting",
+    "eye_spacing", "eye_size", "eye_height", "iris_hue", "iris_tone",
+    "brow_thickness", "brow_tilt", "brow_height", "nose_length", "nose_width",
+    "mouth_width", "lip_thickness", "lip_hue", "mouth_height", "beard", "glasses", "glasses_hue", "blush", "ears",
+)  # fmt: skip
+
+# What moves from frame to frame, in units the drawing uses.
+POSE = ("x", "y", "scale", "yaw", "pitch", "roll", "smile", "mouth_open", "blink", "brow_raise", "light")
+
+BACKGROUNDS = ("grey", "blue", "green", "red", "yellow", "purple")
+_BACKGROUND_RGB = ((0.55, 0.56, 0.58), (0.35, 0.5, 0.75), (0.4, 0.62, 0.42), (0.7, 0.4, 0.38), (0.78, 0.7, 0.42), (0.55, 0.42, 0.68))
+MOTIONS = ("looks left and right", "nods", "tilts the head", "moves across the picture", "comes closer")
+EXPRESSIONS = ("smiles", "speaks", "blinks", "raises the eyebrows")
+
+
+@dataclasses.dataclass
+class Scene:
+    """All that is needed to draw clips of b people.
+
+    Attributes:
+        identity: factors in the order of `IDENTITY`.
+        pose: frames of the factors of `POSE`.
+        background: two RGB colours, top and bottom.
+        words: index of background, motion and expression, for the prompt.
+    """
+
+    identity: Float[Array, "b i"]
+    pose: Float[Array, "b t p"]
+    background: Float[Array, "b 2 3"]
+    words: Array
+
+
+jax.tree_util.register_dataclass(Scene, ["identity", "pose", "background", "words"], [])
+
+
+def prompt(words: Sequence[int]) -> str:
+    """The caption of a clip."""
+    background, motion, expression = words
+    return f"A person {MOTIONS[motion]} and {EXPRESSIONS[expression]}, {BACKGROUNDS[background]} background."
+
+
+def sample_identity(key: Array, count: int) -> Float[Array, "b i"]:
+    """Random people."""
+    return jax.random.uniform(key, (count, len(IDENTITY)))
+
+
+def sample_scene(key: Array, identity: Float[Array, "b i"], frames: int) -> Scene:
+    """Random clips of given people: one main motion and one expression each, everything else drifting slightly."""
+    b = identity.shape[0]
+    keys = jax.random.split(key, 8)
+    words = jnp.stack(
+        [jax.random.randint(keys[i], (b,), 0, n) for i, n in enumerate(map(len, (BACKGROUNDS, MOTIONS, EXPRESSIONS)))], -1
+    )
+    base = jnp.array([0.0, 0.02, 1.2, 0.0, 0.0, 0.0, 0.2, 0.05, 0.0, 0.0, 0.0])
+    spread = jnp.array([0.1, 0.07, 0.1, 0.25, 0.15, 0.08, 0.2, 0.05, 0.0, 0.1, 0.6])
+    drift = jnp.array([0.03, 0.03, 0.03, 0.08, 0.06, 0.03, 0.1, 0.03, 0.0, 0.05, 0.1])
+    start = base + spread * jax.random.uniform(keys[3], (b, len(POSE)), minval=-1.0)
+    # A main motion and an expression, as amplitudes on the factors they move.
+    motion = jnp.zeros((len(MOTIONS), len(POSE)))
+    for row, (factor, size) in enumerate((("yaw", 0.5), ("pitch", 0.4), ("roll", 0.22), ("x", 0.22), ("scale", 0.16))):
+        motion = motion.at[row, POSE.index(factor)].set(size)
+    expression = jnp.zeros((len(EXPRESSIONS), len(POSE)))
+    for row, (factor, size) in enumerate((("smile", 0.8), ("mouth_open", 0.9), ("blink", 1.0), ("brow_raise", 1.0))):
+        expression = expression.at[row, POSE.index(factor)].set(size)
+    amplitude = motion[words[:, 1]] * jax.random.uniform(keys[4], (b, 1), minval=0.6)
+    amplitude += expression[words[:, 2]] + drift
+    time = jnp.linspace(0.0, 1.0, frames)[None, :, None]
+    rate = jax.random.uniform(keys[5], (b, 1, len(POSE)), minval=0.5, maxval=1.0)
+    phase = jax.random.uniform(keys[6], (b, 1, len(POSE)), maxval=2 * jnp.pi)
+    wave = jnp.sin(2 * jnp.pi * rate * time + phase)
+    pose = start[:, None] + amplitude[:, None] * wave
+    low = jnp.array([-0.3, -0.22, 0.95, -0.8, -0.6, -0.4, -0.3, 0.0, 0.0, -0.6, -1.0])
+    high = jnp.array([0.3, 0.22, 1.45, 0.8, 0.6, 0.4, 1.0, 1.0, 1.0, 1.0, 1.0])
+    colour = jnp.array(_BACKGROUND_RGB)[words[:, 0]]
+    shade = jax.random.uniform(keys[7], (b, 2, 1), minval=0.65, maxval=1.15)
+    return Scene(identity, jnp.clip(pose, low, high), jnp.clip(colour[:, None] * shade, 0, 1), words)
+
+
+def render(scene: Scene, size: int) -> Float[Array, "b t h w 3"]:
+    """Frames in [-1, 1]."""
+    draw = jax.vmap(jax.vmap(lambda i, p, c: _draw(i, p, c, size), (None, 0, None)), (0, 0, 0))
+    return draw(scene.identity, scene.pose, scene.background) * 2 - 1
+
+
+def landmarks(scene: Scene, size: int) -> tuple[Float[Array, "b t 5 2"], Float[Array, "b t 4"]]:
+    """Pixel coordinates of eyes, nose tip and mouth corners, and the face's box x1, y1, x2, y2."""
+    points = jax.vmap(jax.vmap(_landmarks, (None, 0)), (0, 0))
+    kps, box = points(scene.identity, scene.pose)
+    scale = size / 2
+    return (kps + 1) * scale - 0.5, (box + 1) * scale - 0.5
+
+
+def _hue(h: Array, s: Array | float, v: Array | float) -> Array:
+    """HSV to RGB, hue in turns."""
+    k = (jnp.array([5.0, 3.0, 1.0]) + h * 6) % 6
+    return v - v * s * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
+
+
+def _geometry(identity: Array, pose: Array) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """Named factors, and where the features are in the face's own coordinates (head about 0.5 wide, 0.65 high)."""
+    i = dict(zip(IDENTITY, identity, strict=True))
+    p = dict(zip(POSE, pose, strict=True))
+    yaw, pitch = p["yaw"], p["pitch"]
+    turn = jnp.cos(yaw)
+    spacing = 0.17 + 0.09 * i["eye_spacing"]
+    eye_y = -0.06 - 0.08 * i["eye_height"] + 0.14 * pitch
+    mouth_half = (0.11 + 0.1 * i["mouth_width"]) * (1 + 0.2 * p["smile"])
+    mouth_y = 0.3 + 0.08 * i["mouth_height"] + 0.12 * pitch
+    g = {
+        "left_eye": jnp.stack([-spacing * turn + 0.22 * yaw, eye_y]),
+        "right_eye": jnp.stack([spacing * turn + 0.22 * yaw, eye_y]),
+        "nose": jnp.stack([0.34 * yaw, 0.06 + 0.11 * i["nose_length"] + 0.2 * pitch]),
+        "left_mouth": jnp.stack([-mouth_half * turn + 0.25 * yaw, mouth_y - 0.05 * p["smile"]]),
+        "right_mouth": jnp.stack([mouth_half * turn + 0.25 * yaw, mouth_y - 0.05 * p["smile"]]),
+        "half_width": 0.36 + 0.1 * i["face_width"],
+        "half_height": 0.5 + 0.09 * i["face_height"],
+    }
+    return i, p, g
+
+
+def _to_image(point: Array, p: dict[str, Array]) -> Array:
+    c, s = jnp.cos(p["roll"]), jnp.sin(p["roll"])
+    x, y = point[..., 0], point[..., 1]
+    return jnp.stack([p["x"] + p["scale"] * (c * x - s * y), p["y"] + p["scale"] * (s * x + c * y)], -1)
+
+
+def _landmarks(identity: Array, pose: Array) -> tuple[Array, Array]:
+    _, p, g = _geometry(identity, pose)
+    kps = _to_image(jnp.stack([g[n] for n in ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")]), p)
+    angle = jnp.linspace(0, 2 * jnp.pi, 24, endpoint=False)
+    rim = jnp.stack([g["half_width"] * jnp.cos(angle), g["half_height"] * jnp.sin(angle)], -1)
+    outline = _to_image(rim, p)
+    return kps, jnp.concatenate([outline.min(0), outline.max(0)])
+
+
+def _draw(identity: Array, pose: Array, background: Array, size: int) -> Array:
+    i, p, g = _geometry(identity, pose)
+    axis = (jnp.arange(size) + 0.5) * 2 / size - 1
+    x, y = axis[None, :], axis[:, None]
+    soft = 2.0 / size / p["scale"]
+    c, s = jnp.cos(p["roll"]), jnp.sin(p["roll"])
+    u = (c * (x - p["x"]) + s * (y - p["y"])) / p["scale"]
+    v = (-s * (x - p["x"]) + c * (y - p["y"])) / p["scale"]
+
+    def inside(distance: Array) -> Array:
+        return jax.nn.sigmoid(-distance / soft * 3.0)
+
+    def ellipse(cx: Array, cy: Array, rx: Array, ry: Array, tilt: Array | float = 0.0) -> Array:
+        ct, st = jnp.cos(tilt), jnp.sin(tilt)
+        a, b = ct * (u - cx) + st * (v - cy), -st * (u - cx) + ct * (v - cy)
+        # First-order distance to the rim; the small term keeps the root's gradient finite at the centre.
+        r = jnp.sqrt((a / rx) ** 2 + (b / ry) ** 2 + 1e-6)
+        return r * (r - 1) / jnp.sqrt((a / rx**2) ** 2 + (b / ry**2) ** 2 + 1e-6)
+
+    def paint(image: Array, colour: Array, amount: Array) -> Array:
+        return image + (colour - image) * amount[..., None]
+
+    skin = _hue(0.045 + 0.035 * i["skin_hue"], 0.5 - 0.22 * i["skin_tone"] + 0.1 * i["skin_hue"], 0.42 + 0.55 * i["skin_tone"])
+    hair = _hue(0.02 + 0.11 * i["hair_hue"], 0.75 - 0.45 * i["hair_tone"] * i["hair_hue"], 0.08 + 0.8 * i["hair_tone"] ** 1.5)
+    iris = _hue(0.05 + 0.6 * i["iris_hue"], 0.65, 0.25 + 0.5 * i["iris_tone"])
+    lips = _hue(0.97 + 0.04 * i["lip_hue"], 0.45 + 0.3 * i["lip_hue"], 0.55 + 0.35 * i["skin_tone"])
+    yaw, pitch = p["yaw"], p["pitch"]
+    w, h = g["half_width"], g["half_height"]
+
+    image = background[0] + (background[1] - background[0]) * (y[..., None] + 1) / 2 + jnp.zeros((size, size, 1))
+
+    # Shoulders and neck.
+    shirt = _hue(i["glasses_hue"] * 0.7 + 0.3 * i["lip_hue"], 0.45, 0.35 + 0.4 * i["hair_length"])
+    image = paint(image, shirt, inside(ellipse(jnp.zeros(()), jnp.float32(1.05), jnp.float32(0.68), jnp.float32(0.42))))
+    image = paint(image, skin * 0.82, inside(ellipse(0.05 * yaw, jnp.float32(0.55), w * 0.5, jnp.float32(0.3))))
+
+    # Hair behind the head.
+    volume = 0.04 + 0.12 * i["hair_volume"]
+    length = 0.7 * i["hair_length"]
+    back = ellipse(-0.05 * yaw, -0.08 + 0.5 * length, w + volume, h * 0.85 + volume * 0.7 + 0.45 * length)
+    image = paint(image, hair * 0.8, inside(back))
+
+    # Ears, head with a jaw, light from one side.
+    ear = 0.05 + 0.05 * i["ears"]
+    for side in (-1.0, 1.0):
+        image = paint(image, skin * 0.9, inside(ellipse(side * w * jnp.cos(yaw) - 0.1 * yaw, jnp.float32(0.05), ear, ear * 1.6)))
+    taper = 1 - (0.34 - 0.28 * i["jaw"]) * jnp.clip(v / h, 0, 1) ** 2
+    head_distance = (jnp.sqrt((u / (w * taper)) ** 2 + (v / h) ** 2 + 1e-6) - 1) * w
+    head = inside(head_distance)
+    lit = 1 + 0.22 * p["light"] * jnp.clip(u / w, -1, 1) - 0.1 * jnp.clip(v / h, -1, 1) ** 2
+    image = paint(image, skin * lit[..., None], head)
+    blush = jnp.array([0.85, 0.35, 0.35])
+    for side in (-1.0, 1.0):
+        cheek = jnp.exp(-(((u - side * 0.22 - 0.2 * yaw) / 0.1) ** 2 + ((v - 0.17 - 0.1 * pitch) / 0.08) ** 2))
+        image = paint(image, blush, 0.45 * i["blush"] * cheek * head)
+
+    # Beard.
+    beard_edge = 0.24 - 0.1 * i["beard"]
+    beard = jax.nn.sigmoid((i["beard"] - 0.6) * 30) * inside(beard_edge + 0.1 * pitch - v) * head
+    image = paint(image, hair * 0.75, 0.85 * beard)
+
+    # Eyes, brows.
+    size_eye = 0.062 + 0.042 * i["eye_size"]
+    open_eye = jnp.clip(1 - p["blink"], 0.12, 1)
+    for side, name in ((-1.0, "left_eye"), (1.0, "right_eye")):
+        ex, ey = g[name]
+        white = inside(ellipse(ex, ey, size_eye * 1.35, size_eye * 0.85 * open_eye))
+        image = paint(image, jnp.array([0.96, 0.96, 0.94]), white)
+        gaze = ex + 0.03 * yaw
+        image = paint(image, iris, white * inside(ellipse(gaze, ey, size_eye * 0.72, size_eye * 0.72)))
+        image = paint(image, jnp.array([0.04, 0.04, 0.05]), white * inside(ellipse(gaze, ey, size_eye * 0.34, size_eye * 0.34)))
+        brow_y = ey - 0.13 - 0.06 * i["brow_height"] - 0.05 * p["brow_raise"]
+        tilt = side * (0.35 * i["brow_tilt"] - 0.12)
+        brow = ellipse(ex, brow_y, size_eye * 1.6, 0.014 + 0.035 * i["brow_thickness"], tilt)
+        image = paint(image, hair * 0.6, inside(brow))
+
+    # Nose: a shaded side and a tip.
+    nx, ny = g["nose"]
+    width = 0.045 + 0.05 * i["nose_width"]
+    bridge = ellipse(nx * 0.85 + 0.02 * jnp.sign(p["light"]), ny - 0.1, width * 0.45, jnp.float32(0.13))
+    image = paint(image, skin * 0.86, 0.6 * inside(bridge))
+    image = paint(image, skin * 0.72, 0.9 * inside(ellipse(nx, ny, width, jnp.float32(0.042))))
+
+    # Mouth: lips along a curve that the smile bends, dark when open.
+    lx, ly = g["left_mouth"]
+    rx, ry = g["right_mouth"]
+    mx, my, half = (lx + rx) / 2, (ly + ry) / 2, (rx - lx) / 2
+    along = jnp.clip((u - mx) / half, -1, 1)
+    curve = my + 0.05 * p["smile"] * (1 - along**2) * 1.6
+    thickness = (0.022 + 0.035 * i["lip_thickness"]) * jnp.sqrt(1.0001 - along**2) + 0.07 * p["mouth_open"] * (1 - along**2)
+    ends = jnp.abs(u - mx) - half
+    image = paint(image, lips, inside(jnp.maximum(jnp.abs(v - curve) - thickness, ends)))
+    opening = 0.085 * p["mouth_open"] * (1 - along**2) - 0.012
+    image = paint(image, jnp.array([0.2, 0.05, 0.06]), inside(jnp.maximum(jnp.abs(v - curve) - opening, ends + 0.03)))
+
+    # Hair in front: a cap above a hairline that the fringe lowers and the parting shifts.
+    hairline = -0.34 + 0.16 * i["fringe"] + 0.08 * pitch - 0.14 * jnp.abs(u - 0.3 * (i["parting"] - 0.5) - 0.1 * yaw)
+    cap = ellipse(jnp.zeros(()), jnp.float32(-0.05), w + volume * 0.7, h + volume)
+    image = paint(image, hair, inside(jnp.maximum(cap, (v - hairline) * 0.7)))
+
+    # Glasses for a third of people.
+    worn = jax.nn.sigmoid((i["glasses"] - 0.66) * 40)
+    frame_colour = _hue(i["glasses_hue"], 0.6, 0.25)
+    for name in ("left_eye", "right_eye"):
+        ex, ey = g[name]
+        ring = jnp.abs(ellipse(ex, ey, jnp.float32(0.15), jnp.float32(0.125))) - 0.016
+        image = paint(image, frame_colour, worn * inside(ring))
+    bridge = jnp.maximum(jnp.abs(v - g["left_eye"][1]) - 0.014, jnp.abs(u - 0.22 * yaw) - 0.05)
+    image = paint(image, frame_colour, worn * inside(bridge))
+    return jnp.clip(image, 0, 1)
