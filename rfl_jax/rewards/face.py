@@ -1,0 +1,149 @@
+"""The face-identity reward: how much the faces of a video resemble those of the real clip."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from rfl_jax.rewards.align import align, similarity
+from rfl_jax.rewards.arcface import IResNet
+from rfl_jax.rewards.detect import detect, largest
+from rfl_jax.rewards.scrfd import SCRFD
+
+# The original's normalisation of the score (ROLL reward_fl/modules/wan_module.py).
+SCORE_MEAN, SCORE_STD, LOSS_WEIGHT = 0.54, 0.16, 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """How faces are found and compared.
+
+    Attributes:
+        compat: "insightface" (exact warp) or "roll" (the original trainer's pre-processing and crop).
+        channel_order: "rgb", or "bgr" to feed ArcFace swapped channels as the original does.
+        detector_size: side of the detector's square input in pixels, a multiple of 32.
+        use_first_frame: whether the real clip's first frame, which the model is given, counts in the pool.
+    """
+
+    compat: str = "insightface"
+    channel_order: str = "rgb"
+    detector_size: int = 640
+    use_first_frame: bool = False
+
+
+@dataclasses.dataclass
+class Score:
+    """Reward of a batch of videos.
+
+    Attributes:
+        score: [b] mean cosine over frames with a face, 0 where there is none.
+        per_frame: [b, t] mean cosine with the pool, 0 without a face.
+        mask: [b, t] whether the frame has a face.
+        kps: [b, t, 5, 2] the chosen face's points in pixels.
+        valid: [b] whether the sample has a face in its frames and in its pool.
+    """
+
+    score: Float[Array, "b"]
+    per_frame: Float[Array, "b t"]
+    mask: Bool[Array, "b t"]
+    kps: Float[Array, "b t 5 2"]
+    valid: Bool[Array, "b"]
+
+
+jax.tree_util.register_dataclass(Score, ["score", "per_frame", "mask", "kps", "valid"], [])
+
+
+def cosine_with_pool(
+    embeddings: Float[Array, "b t e"], pool: Float[Array, "b g e"], pool_mask: Bool[Array, "b g"]
+) -> Float[Array, "b t"]:
+    """Mean cosine of each embedding with the pool's valid rows; 0 where a row or the whole pool is empty."""
+
+    def unit(x: Array) -> Array:
+        square = jnp.sum(x * x, -1, keepdims=True)
+        return x * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+
+    cosines = jnp.einsum("bte,bge->btg", unit(embeddings), unit(pool), precision=jax.lax.Precision.HIGHEST)
+    counts = jnp.sum(pool_mask, -1)[:, None]
+    return jnp.sum(cosines * pool_mask[:, None], -1) / jnp.maximum(counts, 1)
+
+
+def usable_pool(pool: Float[Array, "b g e"], *, use_first_frame: bool = False) -> Bool[Array, "b g"]:
+    """Rows of a pool that count: those that are not all zero and, by default, not the first frame's."""
+    mask = jnp.any(pool != 0, -1)
+    return mask if use_first_frame else mask.at[:, 0].set(False)
+
+
+def pooled_score(
+    embeddings: Float[Array, "b t e"],
+    mask: Bool[Array, "b t"],
+    pool: Float[Array, "b g e"],
+    *,
+    use_first_frame: bool = False,
+) -> Float[Array, ""]:
+    """The original's score of a batch: the mean over all of its frames with a face."""
+    cosines = cosine_with_pool(embeddings, pool, usable_pool(pool, use_first_frame=use_first_frame))
+    return jnp.sum(cosines * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def reward_loss(score: Array) -> Array:
+    """The original's loss of a score: -(score - 0.54) / 0.16 * 0.1."""
+    return -(score - SCORE_MEAN) / SCORE_STD * LOSS_WEIGHT
+
+
+class FaceReward(nnx.Module):
+    """Detector and embedder with the rule that compares faces. Differentiable in the pixels, not through detection."""
+
+    def __init__(self, detector: SCRFD, embedder: IResNet, cfg: RewardConfig):
+        self.detector = detector
+        self.embedder = embedder
+        self.cfg = cfg
+
+    def find(self, frames: Float[Array, "n h w 3"]) -> tuple[Float[Array, "n 5 2"], Bool[Array, "n"]]:
+        """Points of each frame's largest face in pixels, and whether there is one; no gradient."""
+        faces = detect(
+            self.detector, jax.lax.stop_gradient(frames), size=self.cfg.detector_size, compat=self.cfg.compat
+        )
+        kps, found = largest(faces)
+        return jax.lax.stop_gradient(kps), found
+
+    def embed(self, frames: Float[Array, "n h w 3"], kps: Float[Array, "n 5 2"], found: Bool[Array, "n"]) -> Array:
+        """Embeddings [n, e] of the faces at these points; zeros where there is none.
+
+        Under `compat="insightface"` pixels outside the frame are black, as its 8-bit warp leaves them; the
+        original's are mid-grey.
+        """
+        matrices = similarity(kps)
+        if self.cfg.compat == "roll":
+            crops = align(frames, matrices, roll=True)
+        else:
+            crops = align(frames + 1, matrices) - 1
+        if self.cfg.channel_order == "bgr":
+            crops = crops[..., ::-1]
+        # Frames without a face are embedded as well (shapes are fixed) and dropped, values and gradient.
+        crops = jnp.where(found[:, None, None, None], crops, 0)
+        return jnp.where(found[:, None], self.embedder(crops), 0)
+
+    def pool(self, frames: Float[Array, "g h w 3"]) -> tuple[Float[Array, "g e"], Bool[Array, "g"]]:
+        """Embeddings of a real clip's faces (zeros without one) and where they were found."""
+        kps, found = self.find(frames)
+        return self.embed(frames, kps, found), found
+
+    def __call__(self, video: Float[Array, "b t h w 3"], pool: Float[Array, "b g e"]) -> Score:
+        """Score of decoded videos against pools of real faces.
+
+        Args:
+            video: pixels, clamped here to [-1, 1].
+            pool: embeddings of the real clips' frames, zeros where they have no face.
+        """
+        b, t = video.shape[:2]
+        frames = jnp.clip(video, -1, 1).reshape(b * t, *video.shape[2:])
+        kps, found = self.find(frames)
+        embeddings = self.embed(frames, kps, found).reshape(b, t, -1)
+        mask = found.reshape(b, t)
+        pool_mask = usable_pool(pool, use_first_frame=self.cfg.use_first_frame)
+        per_frame = cosine_with_pool(embeddings, pool, pool_mask) * mask
+        score = jnp.sum(per_frame, 1) / jnp.maximum(jnp.sum(mask, 1), 1)
+        valid = jnp.any(mask, 1) & jnp.any(pool_mask, 1)
+        return Score(score, per_frame, mask, kps.reshape(b, t, 5, 2), valid)
