@@ -1,114 +1,40 @@
 """Trains every network of the miniature from drawn faces and writes them as a user would receive them.
 
-    python -m rfl_jax.miniature.pretrain --out=DIR [--seed=0] [--only=vae,scrfd,arcface,judge,umt5,dit] [--scale=1]
+    python -m rfl_jax.miniature.pretrain --out=DIR [--seed=0] [--only=vae ...] [--scale=1]
 
-safetensors in the original's naming and ONNX files in antelopev2's names. Stages after `vae` read what earlier
-ones wrote, so they can be rerun one at a time.
+safetensors in the original's naming and ONNX files in antelopev2's names. The `dit` stage reads what `vae` and
+`umt5` wrote, so that stages can be rerun one at a time.
 """
 
-import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
-from flax import nnx
-from safetensors.numpy import save_file
 
-from convert import vae as vae_converter
-from convert.mapping import Rule, unfill
-from rfl_jax.miniature.faces import landmarks, render, sample_identity, sample_scene
-from rfl_jax.miniature.fit import fit
-from rfl_jax.models.wan.config import VAEConfig
-from rfl_jax.models.wan.vae import VAE
-from rfl_jax.models.weights import get_arrays
+from rfl_jax.miniature.stage_dit import train_dit
+from rfl_jax.miniature.stage_faces import train_arcface, train_judge, train_scrfd
+from rfl_jax.miniature.stage_umt5 import train_umt5
+from rfl_jax.miniature.stage_vae import train_vae
 
-SIZE = 64
-FRAMES = 9
-STAGES = ("vae", "scrfd", "arcface", "judge", "umt5", "dit")
+STAGES = {
+    "vae": train_vae,
+    "scrfd": train_scrfd,
+    "arcface": train_arcface,
+    "judge": train_judge,
+    "umt5": train_umt5,
+    "dit": train_dit,
+}
 
 _OUT = flags.DEFINE_string("out", None, "Folder for the trained files.", required=True)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of everything.")
-_ONLY = flags.DEFINE_list("only", list(STAGES), "Stages to run.")
-_SCALE = flags.DEFINE_float("scale", 1.0, "Multiplies the number of steps of every stage.")
-
-
-def save_original(module: nnx.Module, rules: list[Rule], file: Path, config: dict) -> None:
-    """Weights in float16 under the original's names, config.json beside them."""
-    arrays = {name: np.asarray(x, np.float16) for name, x in get_arrays(module).items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(unfill(rules, arrays), file)
-    (file.parent / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def video_batch(key: jax.Array, count: int, frames: int, identity: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Random clips [count, frames, SIZE, SIZE, 3] and weights that favour the face [count, frames, SIZE, SIZE, 1]."""
-    k1, k2 = jax.random.split(key)
-    scene = sample_scene(k2, sample_identity(k1, count) if identity is None else identity, frames)
-    _, box = landmarks(scene, SIZE)
-    axis = jnp.arange(SIZE)
-    x1, y1, x2, y2 = jnp.moveaxis(box[..., None], -2, 0)
-    inside = ((axis >= y1) & (axis <= y2))[..., :, None] & ((axis >= x1) & (axis <= x2))[..., None, :]
-    return render(scene, SIZE), 1.0 + 3.0 * inside[..., None]
-
-
-def train_vae(out: Path, seed: int, scale: float) -> None:
-    """Wan2.1 architecture: first single frames, for which one temporal tap of each kernel is enough, then clips."""
-    cfg = VAEConfig("2.1", 8, 8, 16, (0.0,) * 16, (1.0,) * 16)
-    graph, params = nnx.split(VAE(cfg, rngs=nnx.Rngs(seed)))
-
-    def is_causal(x: jax.Array) -> bool:
-        return x.ndim == 5 and x.shape[0] == 3
-
-    def objective(frames: int, count: int):  # noqa: ANN202
-        def loss(params: nnx.State, key: jax.Array) -> tuple[jax.Array, dict]:
-            k1, k2 = jax.random.split(key)
-            video, weight = video_batch(k1, count, frames)
-            if frames == 1:
-                params = jax.tree.map(lambda x: x[-1:] if is_causal(x) else x, params)
-            model = nnx.merge(graph, params)
-            mean, log_variance = model.encode_moments(video)
-            log_variance = jnp.clip(log_variance, -20, 4)
-            z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(k2, mean.shape)
-            error = model.decode_whole(z) - video
-            pixel = jnp.mean(weight * jnp.abs(error))
-            edges = sum(jnp.mean(weight[:, :, :-1, :-1] * jnp.abs(d[:, :, :-1, :-1])) for d in _gradients(error))
-            kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
-            return pixel + edges + 2e-4 * kl, {"l1": jnp.mean(jnp.abs(error)), "kl": kl}
-
-        return loss
-
-    params = fit(objective(1, 16), params, steps=int(1500 * scale), learning_rate=3e-3, seed=seed, label="vae: frames")
-    # Frames taught only the last tap; the others start small rather than random.
-    params = jax.tree.map(lambda x: x.at[:-1].multiply(0.1) if is_causal(x) else x, params)
-    params = fit(objective(FRAMES, 2), params, steps=int(450 * scale), learning_rate=1.5e-3, seed=seed + 1, label="vae: clips")
-
-    model = nnx.merge(graph, params)
-    encode = jax.jit(lambda v: model.encode_moments(v)[0])
-    z = np.concatenate([encode(video_batch(jax.random.key(seed + 2 + i), 4, FRAMES)[0]) for i in range(16)])
-    config = {
-        "_class_name": "WanVAE",
-        "latents_mean": z.mean((0, 1, 2, 3)).round(4).tolist(),
-        "latents_std": z.std((0, 1, 2, 3)).round(4).tolist(),
-    }
-    save_original(model, vae_converter.NAMINGS["original 2.1"], out / "vae" / "Wan2.1_VAE.safetensors", config)
-
-
-def _gradients(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    pad = [(0, 0)] * x.ndim
-    return (
-        jnp.pad(x[:, :, 1:] - x[:, :, :-1], [*pad[:2], (0, 1), *pad[3:]]),
-        jnp.pad(x[:, :, :, 1:] - x[:, :, :, :-1], [*pad[:3], (0, 1), *pad[4:]]),
-    )
+_ONLY = flags.DEFINE_multi_enum("only", list(STAGES), list(STAGES), "Stages to run, in their order.")
+_SCALE = flags.DEFINE_float("scale", 1.0, "Multiplies the number of steps of every stage.", lower_bound=0.0)
 
 
 def main(argv: list[str]) -> None:
     del argv
-    out = Path(_OUT.value)
-    stages = {"vae": train_vae}
-    for name in _ONLY.value:
-        stages[name](out, _SEED.value, _SCALE.value)
+    for name, train in STAGES.items():
+        if name in _ONLY.value:
+            train(Path(_OUT.value), _SEED.value, _SCALE.value)
 
 
 if __name__ == "__main__":

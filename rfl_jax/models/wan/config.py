@@ -57,7 +57,7 @@ DIT_PRESETS: dict[str, DiTConfig] = {
         num_layers=6,
         freq_dim=64,
         text_dim=32,
-        text_len=24,
+        text_len=32,
         boundary=0.9,
     ),
 }

@@ -1,0 +1,59 @@
+"""What all pretraining stages share: the size of the world, its clips, and the form in which weights are stored."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from convert.mapping import Rule, unfill
+from rfl_jax.miniature.faces import landmarks, render, sample_identity, sample_scene
+from rfl_jax.models.weights import get_arrays
+
+SIZE = 64  # pixels
+FRAMES = 9
+
+VAE_FILE = "Wan2.1_VAE.safetensors"
+DIT_FILES = {
+    "dit": "high_noise_model/diffusion_pytorch_model.safetensors",
+    "dit2": "low_noise_model/diffusion_pytorch_model.safetensors",
+}
+T5_FILE = "models_t5_umt5-xxl-enc-bf16.safetensors"
+TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
+DETECTOR_FILE = "antelopev2/scrfd_10g_bnkps.onnx"
+EMBEDDER_FILE = "antelopev2/glintr100.onnx"
+JUDGE_FILE = "judge/glintr100.onnx"
+
+
+def save_original(module: nnx.Module, rules: list[Rule], file: Path, config: dict) -> None:
+    """Weights in float16 under the original's names, `config` beside them."""
+    arrays = {name: np.asarray(x, np.float16) for name, x in get_arrays(module).items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(unfill(rules, arrays), file)
+    (file.parent / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def video_batch(key: jax.Array, count: int, frames: int) -> tuple[jax.Array, jax.Array]:
+    """Random clips [count, frames, SIZE, SIZE, 3] and weights that favour the face [count, frames, SIZE, SIZE, 1]."""
+    k1, k2 = jax.random.split(key)
+    scene = sample_scene(k2, sample_identity(k1, count), frames)
+    _, box = landmarks(scene, SIZE)
+    axis = jnp.arange(SIZE)
+    x1, y1, x2, y2 = jnp.moveaxis(box[..., None], -2, 0)
+    inside = ((axis >= y1) & (axis <= y2))[..., :, None] & ((axis >= x1) & (axis <= x2))[..., None, :]
+    return render(scene, SIZE), 1.0 + 3.0 * inside[..., None]
+
+
+def degrade(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Frames as a small generator leaves them: blurred, tinted and noisy, each to a random degree."""
+    k1, k2, k3, k4 = jax.random.split(key, 4)
+    lead = (images.shape[0], 1, 1, 1)
+    half = images.reshape(images.shape[0], SIZE // 2, 2, SIZE // 2, 2, 3).mean((2, 4))
+    blurred = jax.image.resize(half, images.shape, "bilinear")
+    images = images + (blurred - images) * jax.random.uniform(k1, lead)
+    tint = 0.06 * jax.random.normal(k2, (images.shape[0], 1, 1, 3))
+    noise = 0.08 * jax.random.uniform(k3, lead) * jax.random.normal(k4, images.shape)
+    return jnp.clip(images + tint + noise, -1, 1)
