@@ -1,0 +1,40 @@
+"""What the commands share: `--config`, `--workdir`, and refusal in one line."""
+
+from collections.abc import Callable
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from rfl_jax.config import Config, parse
+from rfl_jax.errors import UserError, refuse_in_one_line
+
+
+def define_config() -> flags.FlagHolder:
+    """The `--config=FILE[:ARG]` flag with `--config.key=value` overrides."""
+    return config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+
+
+def load_config(holder: flags.FlagHolder) -> Config:
+    """The validated configuration of the command line."""
+    if holder.value is None:
+        raise UserError("--config: expected a config file, for example configs/mini.py")
+    return parse(holder.value)
+
+
+def run(main: Callable[[], None], command: str) -> None:
+    """Runs a command; bad flags and bad inputs end in one line and exit status 2."""
+
+    def parse_flags(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+        except UserError:
+            raise
+        # A config file is a program: whatever it raises is its author's to read, in one line.
+        except Exception as error:
+            raise UserError(str(error).splitlines()[0] if str(error) else repr(error)) from None
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]}: unexpected argument, expected --flag=value")
+        return rest
+
+    with refuse_in_one_line(command):
+        app.run(lambda _: main(), flags_parser=parse_flags)

@@ -1,0 +1,280 @@
+"""The run's configuration: ConfigDict at the edge, frozen dataclasses inside.
+
+Top-level keys are the original's, with its names and meanings; what is added is grouped.
+"""
+
+import dataclasses
+import json
+import types
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import ml_collections
+
+from rfl_jax import remat
+from rfl_jax.errors import UserError
+from rfl_jax.models.lora import TARGETS
+from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.rewards.detect import COMPATS
+from rfl_jax.rewards.face import RewardConfig
+
+TRAINABLE = ("dit", "dit2", "vae", "text_encoder")
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+    """Devices along each axis; one of them may be -1, which takes the rest.
+
+    Attributes:
+        data: replicas of the weights.
+        fsdp: shards of the weights; samples are spread over data x fsdp.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSection(RewardConfig):
+    """`RewardConfig`, and the weights of the two terms of the loss.
+
+    Attributes:
+        weight: of the face reward.
+        kl_weight: of the KL to the untrained network.
+    """
+
+    weight: float = 1.0
+    kl_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSection:
+    """Start noise.
+
+    Attributes:
+        mode: "fresh" draws one for each (seed, sample, step); "fixed" is the original's single noise for all.
+    """
+
+    mode: str = "fresh"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSection:
+    """Attributes:
+    shift: of the sigma schedule.
+    guidance_scale: classifier-free guidance; 1 is none (distilled experts).
+    negative_prompt: what guidance steers away from.
+    """
+
+    shift: float = 5.0
+    guidance_scale: float = 1.0
+    negative_prompt: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+    """Attributes:
+    num_frames: longest clip, 4n+1; shorter ones are cut to 4n+1.
+    max_pixels: height * width of a frame at most; larger ones are scaled down.
+    height, width: 0 takes each clip's own size; both given: all clips are scaled and cropped to it.
+    on_bad_row: "error" stops at the first unusable row, "skip" reports and leaves it out.
+    cache_dir: prepared samples; empty puts them into the workdir.
+    """
+
+    num_frames: int = 81
+    max_pixels: int = 480 * 480
+    height: int = 0
+    width: int = 0
+    on_bad_row: str = "error"
+    cache_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSection:
+    """Evaluation after the last step.
+
+    Attributes:
+        file_name: csv of held-out clips; empty: no evaluation.
+        judge_model_path: folder of antelopev2 files whose embedder only judges.
+        num_samples: clips at most.
+    """
+
+    file_name: str = ""
+    judge_model_path: str = ""
+    num_samples: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of a run. The first block is the original's; defaults are its defaults."""
+
+    learning_rate: float = 2.5e-6
+    lr_scheduler_type: str = "constant"
+    weight_decay: float = 0.0
+    warmup_steps: int = 10
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: int = 1
+    train_batch_size: int = 8
+    max_grad_norm: float = 1.0
+    seed: int = 42
+    save_steps: int = 25
+    logging_steps: int = 1
+    resume_from_checkpoint: str = ""
+    model_name: str = "wan2_2"
+    model_paths: str = ""
+    model_id_with_origin_paths: str = ""
+    tokenizer_path: str = ""
+    reward_model_path: str = ""
+    trainable_models: str = "dit2"
+    lora_base_model: str = "dit2"
+    lora_target_modules: str = "q,k,v,o,ffn.0,ffn.2"
+    lora_rank: int = 32
+    use_gradient_checkpointing: bool = True
+    use_gradient_checkpointing_offload: bool = False
+    extra_inputs: str = "input_image"
+    max_timestep_boundary: float = 1.0
+    min_timestep_boundary: float = 0.9
+    num_inference_steps: int = 8
+    mid_timestep: int = 4
+    final_timestep: int = 7
+    file_name: str = "metadata.csv"
+
+    preset: str = "wan2_2_i2v_a14b"
+    max_steps: int = -1
+    sample_every: int = 25
+    dtype: str = "bfloat16"
+    remat_policy: str = ""
+    mesh: MeshSection = MeshSection()
+    reward: RewardSection = RewardSection()
+    noise: NoiseSection = NoiseSection()
+    sampling: SamplingSection = SamplingSection()
+    data: DataSection = DataSection()
+    eval: EvalSection = EvalSection()
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Networks that train, in full or by adapters."""
+        named = set(_names(self.trainable_models)) | set(self.adapted)
+        return tuple(name for name in TRAINABLE if name in named)
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Networks that train by adapters."""
+        return _names(self.lora_base_model)
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return _names(self.lora_target_modules)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return _names(self.extra_inputs)
+
+    @property
+    def policy(self) -> str:
+        """The remat policy: the named one, else the one that the original's two switches mean."""
+        if self.remat_policy:
+            return self.remat_policy
+        if not self.use_gradient_checkpointing:
+            return "none"
+        return "offload" if self.use_gradient_checkpointing_offload else "full"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The defaults as a ConfigDict, for config files to change."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+T = TypeVar("T")
+
+
+def parse(values: ml_collections.ConfigDict) -> Config:
+    """A validated `Config`.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, or one that makes no sense, by its name.
+    """
+    cfg = _build(Config, values.to_dict(), "")
+    _check(cfg)
+    return cfg
+
+
+def _build(kind: type[T], values: dict[str, Any], prefix: str) -> T:
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"config.{prefix}{unknown[0]}: unknown key, expected one of {', '.join(sorted(hints))}")
+    fields = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UserError(f"config.{prefix}{name}: expected a group of settings, got {value!r}")
+            fields[name] = _build(hint, value, f"{prefix}{name}.")
+        else:
+            fields[name] = _typed(value, hint, f"config.{prefix}{name}")
+    return kind(**fields)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    kinds = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if str in kinds and value is None:
+        return ""
+    if isinstance(value, bool) != (bool in kinds) or not isinstance(value, kinds):
+        raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _check(cfg: Config) -> None:
+    def need(condition: bool, key: str, expected: str) -> None:
+        if not condition:
+            value = cfg
+            for part in key.split("."):
+                value = getattr(value, part)
+            raise UserError(f"config.{key}: expected {expected}, got {value!r}")
+
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "train_batch_size",
+                "save_steps", "logging_steps", "lora_rank", "num_inference_steps"):  # fmt: skip
+        need(getattr(cfg, key) >= 1, key, "a whole number of at least 1")
+    for key in ("learning_rate", "weight_decay", "warmup_steps", "sample_every", "seed"):
+        need(getattr(cfg, key) >= 0, key, "a number of at least 0")
+    need(cfg.max_grad_norm > 0, "max_grad_norm", "a positive number")
+    need(cfg.max_steps == -1 or cfg.max_steps >= 1, "max_steps", "at least 1, or -1 for whole epochs")
+    need(cfg.model_name == "wan2_2", "model_name", "wan2_2")
+    need(cfg.preset in DIT_PRESETS, "preset", f"one of {', '.join(DIT_PRESETS)}")
+    need(cfg.lr_scheduler_type in SCHEDULERS, "lr_scheduler_type", f"one of {', '.join(SCHEDULERS)}")
+    need(cfg.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
+    need(cfg.remat_policy in ("", *remat.NAMES), "remat_policy", f"one of {', '.join(remat.NAMES)}, or empty")
+    need(bool(cfg.trained), "trainable_models", f"at least one of {', '.join(TRAINABLE)}")
+    need(set(_names(cfg.trainable_models)) <= set(TRAINABLE), "trainable_models", f"some of {', '.join(TRAINABLE)}")
+    need(set(cfg.adapted) <= {"dit", "dit2"}, "lora_base_model", "some of dit, dit2, or empty")
+    need(bool(cfg.lora_targets) and set(cfg.lora_targets) <= set(TARGETS), "lora_target_modules", f"some of {', '.join(TARGETS)}")
+    need(0 <= cfg.mid_timestep <= cfg.final_timestep, "mid_timestep", f"0..final_timestep ({cfg.final_timestep})")
+    need(cfg.final_timestep < cfg.num_inference_steps, "final_timestep", f"less than num_inference_steps ({cfg.num_inference_steps})")
+    need(0 <= cfg.min_timestep_boundary <= cfg.max_timestep_boundary <= 1, "min_timestep_boundary", "0 <= min <= max <= 1")
+    need(set(cfg.inputs) <= {"input_image", "end_image"} and "input_image" in cfg.inputs, "extra_inputs", "input_image or input_image,end_image")
+    need(cfg.noise.mode in ("fresh", "fixed"), "noise.mode", "fresh or fixed")
+    need(cfg.reward.compat in COMPATS, "reward.compat", f"one of {', '.join(COMPATS)}")
+    need(cfg.reward.channel_order in ("rgb", "bgr"), "reward.channel_order", "rgb or bgr")
+    need(cfg.reward.detector_size > 0 and cfg.reward.detector_size % 32 == 0, "reward.detector_size", "a multiple of 32")
+    need(cfg.sampling.shift > 0, "sampling.shift", "a positive number")
+    need(cfg.data.on_bad_row in ("error", "skip"), "data.on_bad_row", "error or skip")
+    need(cfg.data.num_frames >= 5 and cfg.data.num_frames % 4 == 1, "data.num_frames", "4n+1 frames, at least 5")
+    need((cfg.data.height > 0) == (cfg.data.width > 0), "data.height", "height and width both, or neither")
+    for axis in ("data", "fsdp"):
+        need(getattr(cfg.mesh, axis) == -1 or getattr(cfg.mesh, axis) >= 1, f"mesh.{axis}", "at least 1, or -1 for the rest")
+    need(not cfg.mesh.data == cfg.mesh.fsdp == -1, "mesh.data", "at most one axis of -1")
+    need(bool(cfg.eval.judge_model_path) or not cfg.eval.file_name, "eval.judge_model_path", "a folder, as eval.file_name is set")
+
+
+def dumps(cfg: Config) -> str:
+    """The configuration as JSON."""
+    return json.dumps(dataclasses.asdict(cfg), indent=1, sort_keys=True) + "\n"
