@@ -1,6 +1,7 @@
 """ArcFace IResNet from ONNX (antelopev2's glintr100.onnx and its relatives), matched by walking the graph."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +90,9 @@ def walk(graph: Graph) -> tuple[IResNetConfig, dict[str, np.ndarray]]:
     return IResNetConfig(tuple(widths), tuple(layers), stem, bias.size), arrays
 
 
-def build(cfg: IResNetConfig) -> IResNet:
-    return IResNet(cfg, rngs=nnx.Rngs(0))
+def build(cfg: IResNetConfig, **options: Any) -> IResNet:
+    """The module of these sizes; `options` are further arguments of its constructor."""
+    return IResNet(cfg, **options, rngs=nnx.Rngs(0))
 
 
 def convert(source: Path | str) -> tuple[IResNetConfig, dict[str, np.ndarray]]:

@@ -1,6 +1,7 @@
 """Wan2.2 DiT: original (Wan-Video) and diffusers naming."""
 
 import math
+from typing import Any
 
 from flax import nnx
 
@@ -131,8 +132,9 @@ def infer_config(shapes: Shapes, hints: dict) -> DiTConfig:
     )
 
 
-def build(cfg: DiTConfig) -> DiT:
-    return DiT(cfg, rngs=nnx.Rngs(0))
+def build(cfg: DiTConfig, **options: Any) -> DiT:
+    """The module of these sizes; `options` are further arguments of its constructor."""
+    return DiT(cfg, **options, rngs=nnx.Rngs(0))
 
 
 COMPONENT = Component(

@@ -1,6 +1,7 @@
 """SCRFD from ONNX (antelopev2's scrfd_10g_bnkps.onnx and its relatives), matched by walking the graph."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,8 +212,9 @@ def walk(graph: Graph) -> tuple[SCRFDConfig, dict[str, np.ndarray]]:
     return SCRFDConfig(tuple(layers), (taps[0], taps[1], taps[2]), neck, tower, kernel), steps.arrays
 
 
-def build(cfg: SCRFDConfig) -> SCRFD:
-    return SCRFD(cfg, rngs=nnx.Rngs(0))
+def build(cfg: SCRFDConfig, **options: Any) -> SCRFD:
+    """The module of these sizes; `options` are further arguments of its constructor."""
+    return SCRFD(cfg, **options, rngs=nnx.Rngs(0))
 
 
 def convert(source: Path | str) -> tuple[SCRFDConfig, dict[str, np.ndarray]]:

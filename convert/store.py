@@ -35,9 +35,9 @@ def convert(kind: str, sources: list[str], *, dtype: str | None = None, **hints:
     return ONNX[kind].convert(sources[0])
 
 
-def build(kind: str, cfg: Any) -> nnx.Module:
+def build(kind: str, cfg: Any, **options: Any) -> nnx.Module:
     """The abstract module of a component."""
-    return nnx.eval_shape(lambda: (SAFETENSORS.get(kind) or ONNX[kind]).build(cfg))
+    return nnx.eval_shape(lambda: (SAFETENSORS.get(kind) or ONNX[kind]).build(cfg, **options))
 
 
 def save(directory: str, kind: str, cfg: Any, arrays: dict[str, np.ndarray]) -> None:
@@ -69,13 +69,14 @@ def restore(directory: str) -> tuple[str, Any, dict[str, Any]]:
         raise UserError(f"{directory}: expected weights written by python -m convert ({_first_line(error)})") from None
 
 
-def open_component(kind: str, sources: list[str], *, dtype: str | None = None) -> nnx.Module:
+def open_component(kind: str, sources: list[str], *, weights_dtype: str | None = None, **options: Any) -> Any:
     """A filled module, from converted weights or straight from a checkpoint.
 
     Args:
         kind: one of `KINDS`.
         sources: a folder of converted weights, or the checkpoint's files.
-        dtype: dtype of the stored weights; None keeps the source's.
+        weights_dtype: dtype of the stored weights; None keeps the source's.
+        options: of the module's constructor (compute dtype, remat policy).
     """
     if len(sources) == 1 and is_converted(sources[0]):
         found, cfg, arrays = restore(sources[0])
@@ -83,8 +84,8 @@ def open_component(kind: str, sources: list[str], *, dtype: str | None = None) -
             raise UserError(f"{sources[0]}: holds {found} weights, expected {kind}")
     else:
         cfg, arrays = convert(kind, sources)
-    cast = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
-    return set_arrays(build(kind, cfg), cast)
+    cast = {name: jnp.asarray(x, weights_dtype) for name, x in arrays.items()}
+    return set_arrays(build(kind, cfg, **options), cast)
 
 
 def count(arrays: dict[str, np.ndarray]) -> int:

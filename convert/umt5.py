@@ -1,5 +1,6 @@
 """UMT5 encoder: original (Wan-Video `models_t5_umt5-xxl-enc`) and transformers naming."""
 
+from typing import Any
 from flax import nnx
 
 from convert.component import Component
@@ -73,8 +74,9 @@ def infer_config(shapes: Shapes, hints: dict) -> UMT5Config:
     )  # fmt: skip
 
 
-def build(cfg: UMT5Config) -> UMT5Encoder:
-    return UMT5Encoder(cfg, rngs=nnx.Rngs(0))
+def build(cfg: UMT5Config, **options: Any) -> UMT5Encoder:
+    """The module of these sizes; `options` are further arguments of its constructor."""
+    return UMT5Encoder(cfg, **options, rngs=nnx.Rngs(0))
 
 
 COMPONENT = Component("UMT5", NAMINGS, naming, infer_config, build, hint_names=("max_distance", "eps"))

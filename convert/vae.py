@@ -1,6 +1,7 @@
 """Wan2.1 and Wan2.2 VAE: original (Wan-Video) and diffusers naming."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from flax import nnx
 
@@ -178,8 +179,9 @@ def infer_config(shapes: Shapes, hints: dict) -> VAEConfig:
     return VAEConfig(preset.version, dim, decoder_dim, z_dim, tuple(mean), tuple(std))
 
 
-def build(cfg: VAEConfig) -> VAE:
-    return VAE(cfg, rngs=nnx.Rngs(0))
+def build(cfg: VAEConfig, **options: Any) -> VAE:
+    """The module of these sizes; `options` are further arguments of its constructor."""
+    return VAE(cfg, **options, rngs=nnx.Rngs(0))
 
 
 COMPONENT = Component("VAE", NAMINGS, naming, infer_config, build, hint_names=("latents_mean", "latents_std"))

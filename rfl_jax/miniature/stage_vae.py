@@ -22,6 +22,18 @@ def train_vae(out: Path, seed: int, scale: float) -> None:
     def is_causal(x: jax.Array) -> bool:
         return x.ndim == 5 and x.shape[0] == 3
 
+    def start_of_time(kernel: jax.Array) -> jax.Array:
+        """Frames taught only the last tap; the others start small. Resampling in time starts as a mean of frames on
+        the way down and as a repetition on the way up.
+        """
+        kernel = kernel.at[:-1].multiply(0.05)
+        if kernel.shape[1] == 3:
+            return kernel
+        c_in, c_out = kernel.shape[3:]
+        identity = jnp.tile(jnp.eye(c_in), (1, c_out // c_in))[None, None, None]
+        taps = jnp.array([0.0, 0.5, 0.5] if c_in == c_out else [0.0, 0.0, 1.0])
+        return 0.05 * kernel + taps[:, None, None, None, None] * identity
+
     def objective(frames: int, count: int):  # noqa: ANN202
         def loss(params: nnx.State, key: jax.Array) -> tuple[jax.Array, dict]:
             k1, k2 = jax.random.split(key)
@@ -40,10 +52,9 @@ def train_vae(out: Path, seed: int, scale: float) -> None:
 
         return loss
 
-    params = fit(objective(1, 16), params, steps=int(1500 * scale), learning_rate=3e-3, seed=seed, label="vae: frames")
-    # Frames taught only the last tap; the others start small rather than random.
-    params = jax.tree.map(lambda x: x.at[:-1].multiply(0.1) if is_causal(x) else x, params)
-    params = fit(objective(FRAMES, 2), params, steps=int(450 * scale), learning_rate=1.5e-3, seed=seed + 1, label="vae: clips")
+    params = fit(objective(1, 16), params, steps=int(1200 * scale), learning_rate=3e-3, seed=seed, label="vae: frames")
+    params = jax.tree.map(lambda x: start_of_time(x) if is_causal(x) else x, params)
+    params = fit(objective(FRAMES, 2), params, steps=int(400 * scale), learning_rate=1.5e-3, seed=seed + 1, label="vae: clips")
 
     model = nnx.merge(graph, params)
     encode = jax.jit(lambda v: model.encode_moments(v)[0])

@@ -28,6 +28,24 @@ EMBEDDER_FILE = "antelopev2/glintr100.onnx"
 JUDGE_FILE = "judge/glintr100.onnx"
 
 
+ASSETS = Path(__file__).parent / "assets"
+
+
+def asset_paths(assets: Path = ASSETS) -> dict[str, str]:
+    """Where the pretrained networks are, as settings of the configuration."""
+    models = [*(assets / file for file in DIT_FILES.values()), assets / "umt5" / T5_FILE, assets / "vae" / VAE_FILE]
+    return {
+        "model_paths": json.dumps([str(file) for file in models]),
+        "tokenizer_path": str((assets / TOKENIZER_FILE).parent),
+        "reward_model_path": str((assets / DETECTOR_FILE).parent),
+    }
+
+
+def judge_path(assets: Path = ASSETS) -> str:
+    """Folder of the embedder that only judges."""
+    return str((assets / JUDGE_FILE).parent)
+
+
 def save_original(module: nnx.Module, rules: list[Rule], file: Path, config: dict) -> None:
     """Weights in float16 under the original's names, `config` beside them."""
     arrays = {name: np.asarray(x, np.float16) for name, x in get_arrays(module).items()}

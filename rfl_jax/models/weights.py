@@ -9,9 +9,14 @@ from jax import Array
 M = TypeVar("M", bound=nnx.Module)
 
 
+def flat_arrays(state: nnx.State) -> dict[str, Array]:
+    """Every array of a state by its dotted path."""
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
 def get_arrays(module: nnx.Module) -> dict[str, Array]:
-    """Every parameter by its dotted path."""
-    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    """Every parameter of a module by its dotted path."""
+    return flat_arrays(nnx.state(module, nnx.Param))
 
 
 def set_arrays(module: M, arrays: Mapping[str, Array]) -> M:

@@ -1,0 +1,34 @@
+"""The miniature: drawn faces, networks of the true architectures at small width, a few minutes on two CPU cores.
+
+`python -m rfl_jax.train --config=configs/mini.py --workdir=runs/mini` needs nothing else. Its result stands in the
+README.
+"""
+
+from ml_collections import ConfigDict
+
+from rfl_jax.config import default_config
+from rfl_jax.miniature.data import clips
+from rfl_jax.miniature.world import FRAMES, SIZE, asset_paths, judge_path
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.update(asset_paths())
+    config.preset = "mini"
+    config.dtype = "float32"
+    config.file_name = str(clips("train"))
+    config.train_batch_size = config.per_device_train_batch_size = 8
+    config.max_steps = 60
+    config.learning_rate = 2e-3
+    config.warmup_steps = 5
+    config.lora_rank = 8
+    config.seed = 0
+    config.save_steps = 20
+    config.sample_every = 20
+    config.remat_policy = "none"
+    config.reward.detector_size = SIZE
+    config.data.num_frames = FRAMES
+    config.eval.file_name = str(clips("held_out"))
+    config.eval.judge_model_path = judge_path()
+    config.eval.num_samples = 24
+    return config

@@ -1,0 +1,279 @@
+"""What is computed once for each clip and cached: text features, first-frame conditioning, face pool."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from convert import store
+from rfl_jax.config import Config
+from rfl_jax.data.metadata import Row
+from rfl_jax.data.text import PromptTokenizer
+from rfl_jax.data.videos import read_clip
+from rfl_jax.errors import UserError
+from rfl_jax.models.umt5 import UMT5Encoder
+from rfl_jax.models.wan.conditioning import first_frame_condition
+from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.models.wan.vae import VAE
+from rfl_jax.rewards.face import FaceReward
+from rfl_jax.sources import Sources
+
+Sample = dict[str, np.ndarray]
+FORMAT = 1  # of the cached files; a new number makes old ones unused
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A clip in the cache.
+
+    Attributes:
+        row: where it is listed.
+        file: npz with ids, mask, context, y, pool, and judge_pool where a judge was given.
+    """
+
+    row: Row
+    file: epath.Path
+
+    def load(self) -> Sample:
+        with np.load(io.BytesIO(self.file.read_bytes())) as content:
+            return dict(content)
+
+
+class Encoders:
+    """The networks that only preparation needs, loaded when the first sample asks for them and freed after the last.
+
+    Args:
+        cfg: the run.
+        sources: where its weights are.
+        judge: folder of a second embedder's ONNX files, whose pool is stored as well; empty for none.
+    """
+
+    def __init__(self, cfg: Config, sources: Sources, judge: str = ""):
+        self.cfg = cfg
+        self.sources = sources
+        self.judge = judge
+        self.text_len = DIT_PRESETS[cfg.preset].text_len
+        self.tokenizer = PromptTokenizer(sources.tokenizer, self.text_len)
+
+    def load(self) -> Callable[[np.ndarray, str], Sample]:
+        """A function from a clip [t, h, w, 3] in [-1, 1] and its prompt to a sample."""
+        cfg = self.cfg
+        text = open_text_encoder(cfg, self.sources)
+        vae: VAE = store.open_component("vae", self.sources.vae, weights_dtype="float32")
+        reward = open_reward(cfg, self.sources.reward)
+        judge = open_judge(reward, self.judge) if self.judge else None
+        tokenize = self.tokenizer
+        end = "end_image" in cfg.inputs
+        first_frame_only = DIT_PRESETS[cfg.preset].first_frame_in_latents
+
+        @jax.jit
+        def encode(video: jax.Array, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+            image, last = video[None, 0], video[None, -1] if end else None
+            if first_frame_only:
+                frames = (video.shape[0] - 1) // vae.cfg.stride[0] + 1
+                z = vae.encode(image[:, None])[0]
+                y = jnp.pad(z, ((0, frames - 1), (0, 0), (0, 0), (0, 0)))
+            else:
+                y = first_frame_condition(vae, image, video.shape[0], last)[0]
+            out = {"context": text.context(ids, mask)[0], "y": y}
+            out["pool"], out["found"] = reward.pool(video)
+            if judge is not None:
+                out["judge_pool"], _ = judge.pool(video)
+            return out
+
+        def sample(video: np.ndarray, prompt: str) -> Sample:
+            ids, mask = tokenize([prompt])
+            out = {k: np.asarray(v.astype(jnp.float32)) for k, v in encode(video, ids, mask).items()}
+            return {"ids": ids[0], "mask": mask[0], **out}
+
+        return sample
+
+
+def open_reward(cfg: Config, folder: str) -> FaceReward:
+    """Detector and embedder of an antelopev2 folder.
+
+    Raises:
+        UserError: not exactly one SCRFD and one ArcFace file in it.
+    """
+    return FaceReward(
+        store.open_component("scrfd", [detector_file(folder)]),
+        store.open_component("arcface", [embedder_file(folder)]),
+        cfg.reward,
+    )
+
+
+def open_judge(reward: FaceReward, folder: str) -> FaceReward:
+    """The reward's detector with another embedder."""
+    embedder = store.open_component("arcface", [embedder_file(folder)])
+    return FaceReward(reward.detector, embedder, dataclasses.replace(reward.cfg, channel_order="rgb"))
+
+
+def open_text_encoder(cfg: Config, sources: Sources) -> UMT5Encoder:
+    """The text encoder in the run's dtype."""
+    return store.open_component("umt5", sources.text_encoder, weights_dtype=cfg.dtype, dtype=jnp.dtype(cfg.dtype))
+
+
+DETECTOR_NAMES = ("scrfd*.onnx", "det_*.onnx")
+EMBEDDER_NAMES = ("glintr100.onnx", "w600k_*.onnx")
+
+
+def detector_file(folder: str) -> str:
+    """The detector in a folder of antelopev2 files, beside files of other purposes."""
+    return _only_file(folder, DETECTOR_NAMES)
+
+
+def embedder_file(folder: str) -> str:
+    """The embedder in a folder of antelopev2 files."""
+    return _only_file(folder, EMBEDDER_NAMES)
+
+
+def _only_file(folder: str, names: Sequence[str]) -> str:
+    path = Path(folder)
+    if not folder or not path.is_dir():
+        raise UserError(f"{folder or 'config.reward_model_path: empty'}: expected a folder of antelopev2 onnx files")
+    files = sorted({file for name in names for file in path.glob(name)})
+    if len(files) != 1:
+        raise UserError(f"{folder}: {len(files)} files named {' or '.join(names)}, expected one")
+    return str(files[0])
+
+
+def prepare(
+    cfg: Config, sources: Sources, rows: Sequence[Row], cache: epath.Path, *, judge: str = ""
+) -> list[Prepared]:
+    """Prepares all rows, taking from the cache what is there.
+
+    Args:
+        cfg: the run.
+        sources: where its weights are.
+        rows: clips.
+        cache: folder of prepared samples.
+        judge: see `Encoders`.
+
+    Raises:
+        UserError: an unusable row under `data.on_bad_row=error`, or none that is usable.
+    """
+    encoders = Encoders(cfg, sources, judge)
+    base = _settings_hash(cfg, sources, judge)
+    sample: Callable[[np.ndarray, str], Sample] | None = None
+    prepared, bad = [], []
+    cache.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(rows, desc="prepare", disable=None)
+    for row in bar:
+        try:
+            key = _row_hash(base, row)
+            file = cache / f"{key}.npz"
+            if not file.exists():
+                video = read_clip(row.video, **_clip_settings(cfg))
+                sample = sample or encoders.load()
+                values = sample(video, row.prompt)
+                if not values.pop("found")[0]:
+                    raise UserError(f"{row.video}: no face in the first frame")
+                _write(file, values)
+            prepared.append(Prepared(row, file))
+        except UserError as error:
+            if cfg.data.on_bad_row == "error":
+                raise UserError(f"{cfg.file_name}: row {row.number}: {error}") from None
+            bad.append(row.number)
+            tqdm.write(f"{cfg.file_name}: row {row.number} left out: {error}")
+    if not prepared:
+        raise UserError(f"{cfg.file_name}: none of its {len(rows)} rows can be used")
+    if bad:
+        print(f"{len(bad)} of {len(rows)} rows left out: {', '.join(map(str, bad))}")
+    return prepared
+
+
+def negative_context(cfg: Config, sources: Sources) -> np.ndarray:
+    """Text features of the negative prompt [s, d]."""
+    text = open_text_encoder(cfg, sources)
+    ids, mask = PromptTokenizer(sources.tokenizer, DIT_PRESETS[cfg.preset].text_len)([cfg.sampling.negative_prompt])
+    return np.asarray(text.context(jnp.asarray(ids), jnp.asarray(mask))[0].astype(jnp.float32))
+
+
+def _clip_settings(cfg: Config) -> dict[str, int]:
+    multiple = 32 if DIT_PRESETS[cfg.preset].first_frame_in_latents else 16
+    data = cfg.data
+    for key in ("height", "width"):
+        if getattr(data, key) % multiple:
+            raise UserError(f"config.data.{key}: expected a multiple of {multiple}, got {getattr(data, key)}")
+    return {
+        "num_frames": data.num_frames,
+        "max_pixels": data.max_pixels,
+        "multiple": multiple,
+        "height": data.height,
+        "width": data.width,
+    }
+
+
+def _settings_hash(cfg: Config, sources: Sources, judge: str) -> str:
+    """Everything besides the row itself that a sample depends on."""
+    settings = {
+        "format": FORMAT,
+        "clip": _clip_settings(cfg),
+        "inputs": cfg.inputs,
+        "preset": cfg.preset,
+        "dtype": cfg.dtype,
+        "reward": [cfg.reward.compat, cfg.reward.channel_order, cfg.reward.detector_size],
+        "weights": [fingerprint(f) for f in (*sources.text_encoder, *sources.vae, sources.tokenizer)],
+        "faces": [
+            fingerprint(file)
+            for file in (
+                detector_file(sources.reward),
+                embedder_file(sources.reward),
+                *([embedder_file(judge)] if judge else []),
+            )
+        ],
+    }
+    return json.dumps(settings, sort_keys=True)
+
+
+def fingerprint(path: str) -> str:
+    """A short hash of a file or folder: names, sizes, and the first and last 64 KiB of each file."""
+    digest = hashlib.sha256()
+    root = Path(path)
+    for file in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root)}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(65536))
+            stream.seek(max(0, size - 65536))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def _row_hash(base: str, row: Row) -> str:
+    digest = hashlib.sha256(base.encode())
+    digest.update(row.prompt.encode())
+    try:
+        with row.video.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        raise UserError(f"{row.video}: no such video") from None
+    return digest.hexdigest()[:32]
+
+
+def _write(file: epath.Path, values: Sample) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **values)
+    aside = file.with_name(f".{file.name}.tmp")
+    with _removed_on_failure(aside):
+        aside.write_bytes(buffer.getvalue())
+        aside.rename(file)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(file: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,156 @@
+"""Before and after, on clips that were held out, judged by a network that was not the reward.
+
+`python -m rfl_jax.evaluate --workdir=RUN [--data=FILE.csv]` writes RUN/evaluation.json.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from rfl_jax import cli
+from rfl_jax.config import parse
+from rfl_jax.data.metadata import read_metadata
+from rfl_jax.data.prepare import open_judge, prepare
+from rfl_jax.data.videos import write_video
+from rfl_jax.errors import UserError
+from rfl_jax.rewards.face import Score, cosine_with_pool, usable_pool
+from rfl_jax.sampling.rollout import rollout
+from rfl_jax.training.checkpoint import Checkpoints
+from rfl_jax.training.setup import Setup, cache_folder, set_up
+from rfl_jax.training.state import States, TrainState
+from rfl_jax.training.step import bind_experts, latent_shape, start_noise
+
+FIGURES = ("face_sim", "judge_sim", "motion", "face_fraction")
+# Folded into the run's key, so that no clip is judged on a noise it was trained on.
+EVALUATION = 0x5EED
+
+
+def motion(kps: np.ndarray, mask: np.ndarray) -> float:
+    """Mean absolute displacement of the five points between neighbouring frames that both have a face, in pixels."""
+    both = mask[1:] & mask[:-1]
+    return float(np.abs(np.diff(kps, axis=0))[both].mean()) if both.any() else 0.0
+
+
+def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, Any]:
+    """Samples every held-out clip with the untrained and the trained weights from the same noise.
+
+    Args:
+        run: its `cfg.eval` names clips and judge.
+        state: what was trained.
+        workdir: where evaluation.json and evaluation/*.mp4 are written.
+
+    Returns:
+        The content of evaluation.json.
+    """
+    cfg = run.cfg
+    rows = read_metadata(cfg.eval.file_name)[: cfg.eval.num_samples]
+    listed = dataclasses.replace(cfg, file_name=cfg.eval.file_name)
+    held_out = prepare(listed, run.sources, rows, cache_folder(cfg, workdir), judge=cfg.eval.judge_model_path)
+    key = jax.random.fold_in(run.key, EVALUATION)
+    reward = run.networks.build("reward", {}, run.frozen)
+    judge = open_judge(reward, cfg.eval.judge_model_path)
+
+    @jax.jit
+    def sample(params: States, batch: dict[str, jax.Array]) -> tuple[jax.Array, Score, jax.Array]:
+        experts, keep = bind_experts(run.networks, run.sampler, params, run.frozen, batch)
+        shape = latent_shape(run.sampler, batch)
+        noise = start_noise(key, batch["sample"], jnp.int32(0), shape, "fresh")
+        # Without references: the KL is not asked for.
+        experts = {name: dataclasses.replace(e, reference=None) for name, e in experts.items()}
+        latents = rollout(experts, noise, run.sampler.levels, run.sampler.phases, keep=keep).latents
+        video = jnp.clip(run.networks.build("vae", params, run.frozen).decode(latents), -1, 1)
+        score = reward(video, batch["pool"])
+        frames = video.reshape(-1, *video.shape[2:])
+        embeddings = judge.embed(frames, score.kps.reshape(-1, 5, 2), score.mask.reshape(-1))
+        pool = batch["judge_pool"]
+        mask = usable_pool(pool, use_first_frame=cfg.reward.use_first_frame)
+        judged = cosine_with_pool(embeddings.reshape(*score.mask.shape, -1), pool, mask)
+        return video, score, judged
+
+    base = untrained(run, state)
+    clips = []
+    for index, item in enumerate(tqdm(held_out, desc="evaluate", disable=None)):
+        values = item.load()
+        batch = {n: jnp.asarray(values[n])[None] for n in (*run.batch_names, "judge_pool")}
+        batch |= {"sample": jnp.array([index]), **{k: jnp.asarray(v) for k, v in run.constants.items()}}
+        clip: dict[str, Any] = {"video": item.row.video.name, "prompt": item.row.prompt}
+        for name, params in (("base", base), ("tuned", state.params)):
+            video, score, judged = sample(params, batch)
+            mask = np.asarray(score.mask[0])
+            clip[name] = {
+                "face_sim": float(score.score[0]),
+                "judge_sim": float(np.asarray(judged[0])[mask].mean()) if mask.any() else 0.0,
+                "motion": motion(np.asarray(score.kps[0]), mask),
+                "face_fraction": float(mask.mean()),
+            }
+            frames = np.asarray(jnp.rint((video[0] + 1) * 127.5)).astype(np.uint8)
+            write_video(workdir / "evaluation" / f"{index:03d}_{name}.mp4", frames)
+        clips.append(clip)
+    result: dict[str, Any] = {
+        figure: {name: float(np.mean([c[name][figure] for c in clips])) for name in ("base", "tuned")}
+        for figure in FIGURES
+    }
+    result["clips"] = clips
+    aside = workdir / ".evaluation.json.tmp"
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.rename(workdir / "evaluation.json")
+    return result
+
+
+def untrained(run: Setup, state: TrainState) -> States:
+    """The trainable weights as they were before training: adapters whose product is zero, or the frozen copies."""
+
+    def without_product(path: tuple, x: jax.Array) -> jax.Array:
+        return jnp.zeros_like(x) if "lora_b" in jax.tree_util.keystr(path) else x
+
+    return {
+        name: jax.tree_util.tree_map_with_path(without_product, params)
+        if name in run.networks.adapted
+        else jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), run.frozen.reference[name])
+        for name, params in state.params.items()
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """A table on the terminal."""
+    print(f"{'held-out clips: ' + str(len(result['clips'])):24s}{'base':>10s}{'tuned':>10s}{'change':>10s}")
+    for figure in FIGURES:
+        base, tuned = result[figure]["base"], result[figure]["tuned"]
+        change = f"{(tuned / base - 1) * 100:+.1f} %" if base else "-"
+        print(f"{figure:24s}{base:10.4f}{tuned:10.4f}{change:>10s}")
+
+
+def main() -> None:
+    workdir = epath.Path(_WORKDIR.value or "")
+    file = workdir / "config.json"
+    if not _WORKDIR.value or not file.exists():
+        raise UserError(f"--workdir: {_WORKDIR.value}: expected the folder of a run, with its config.json")
+    values = json.loads(file.read_text())
+    if _DATA.value:
+        values["eval"]["file_name"] = _DATA.value
+    cfg = parse(ConfigDict(values))
+    if not cfg.eval.file_name:
+        raise UserError("--data: expected a csv of held-out clips, as the run's config names none")
+    run = set_up(cfg, workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    latest = checkpoints.latest()
+    if latest is None:
+        raise UserError(f"{workdir}/checkpoints: holds no checkpoint")
+    state, _, _ = checkpoints.restore(latest, run.state)
+    checkpoints.close()
+    show(evaluate(run, state, workdir))
+    print(f"{workdir / 'evaluation.json'}")
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    _DATA = flags.DEFINE_string("data", None, "csv of held-out clips; default: the run's eval.file_name.")
+    cli.run(main, "evaluate")

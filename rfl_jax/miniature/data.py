@@ -1,0 +1,50 @@
+"""The miniature's clips, drawn on first use: people to train on and people held out."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from rfl_jax.data.videos import to_uint8, write_video
+from rfl_jax.miniature.faces import prompt, render, sample_identity, sample_scene
+from rfl_jax.miniature.world import FRAMES, SIZE
+
+SPLITS = {"train": (64, 1001), "held_out": (32, 2002)}  # clips and seed: no person is in both
+
+
+def clips(split: str, folder: Path | str | None = None) -> Path:
+    """The metadata.csv of a split, whose clips are drawn if they are not there yet.
+
+    Args:
+        split: "train" or "held_out".
+        folder: where they are; the user's cache by default.
+    """
+    count, seed = SPLITS[split]
+    base = Path(folder) if folder else Path.home() / ".cache" / "rfl_jax" / "miniature"
+    done = base / f"{split}-{count}-{seed}"
+    if (done / "metadata.csv").exists():
+        return done / "metadata.csv"
+    aside = base / f".{done.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    draw_clips(aside, count, seed)
+    shutil.rmtree(done, ignore_errors=True)
+    aside.rename(done)
+    return done / "metadata.csv"
+
+
+def draw_clips(folder: Path, count: int, seed: int) -> None:
+    """Writes `count` clips of different people with their metadata.csv."""
+    folder.mkdir(parents=True)
+    draw = jax.jit(lambda scene: render(scene, SIZE))
+    rows = []
+    for i in tqdm(range(count), desc=f"drawing {folder.name.strip('.')}", disable=None):
+        k1, k2 = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
+        scene = sample_scene(k2, sample_identity(k1, 1), FRAMES)
+        name = f"clip_{i:03d}.mp4"
+        write_video(folder / name, to_uint8(np.asarray(draw(scene)[0])), fps=8)
+        rows.append((name, prompt([int(w) for w in scene.words[0]])))
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("video", "prompt"), *rows])

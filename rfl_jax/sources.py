@@ -1,0 +1,97 @@
+"""Where a run's weights are: the original's `model_paths`, or files fetched from the Hugging Face hub."""
+
+import dataclasses
+import fnmatch
+import json
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from rfl_jax.config import Config
+from rfl_jax.errors import UserError
+
+ORDER = ("high_noise_model", "low_noise_model", "text encoder", "vae")
+TOKENIZER_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
+TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Files (or a folder of converted weights) of each network.
+
+    Attributes:
+        dit: of the high-noise expert, or of the only one.
+        dit2: of the low-noise expert; empty where one network serves all steps.
+        reward: folder of antelopev2 onnx files.
+    """
+
+    dit: list[str]
+    dit2: list[str]
+    text_encoder: list[str]
+    vae: list[str]
+    tokenizer: str
+    reward: str
+
+
+def find_sources(cfg: Config, *, experts: int) -> Sources:
+    """Resolves the configuration's paths, fetching from the hub what it names there.
+
+    Args:
+        cfg: `model_paths` is a JSON list in the order of `ORDER` (each a path or a list of shards), or a file that
+            holds one; `model_id_with_origin_paths` is `org/name:pattern`, comma-separated, in the same order.
+        experts: 2, or 1 where one network serves all steps (then the second entry is absent).
+    """
+    names = ORDER if experts == 2 else ("model", *ORDER[2:])
+    if cfg.model_paths:
+        entries = _paths(cfg.model_paths)
+    elif cfg.model_id_with_origin_paths:
+        entries = [_fetch(item.strip()) for item in cfg.model_id_with_origin_paths.split(",")]
+    else:
+        raise UserError("config.model_paths: empty, expected a JSON list of " + ", ".join(names))
+    if len(entries) != len(names):
+        raise UserError(f"config.model_paths: {len(entries)} entries, expected {len(names)}: {', '.join(names)}")
+    for name, entry in zip(names, entries, strict=True):
+        for file in entry:
+            if not Path(file).exists():
+                raise UserError(f"config.model_paths: {file}: no such file or folder, expected the {name}")
+    tokenizer = cfg.tokenizer_path or _fetch(f"{TOKENIZER_REPOSITORY}:{TOKENIZER_FILE}")[0]
+    first, *middle = entries[: len(entries) - 2]
+    return Sources(first, middle[0] if middle else [], entries[-2], entries[-1], tokenizer, cfg.reward_model_path)
+
+
+def _paths(text: str) -> list[list[str]]:
+    where = "config.model_paths"
+    if not text.lstrip().startswith("["):
+        where = text
+        try:
+            text = Path(text).read_text()
+        except OSError:
+            raise UserError(f"config.model_paths: {where}: no such file, expected a JSON list or a file of one") from None
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: expected a JSON list ({error})") from None
+    if not isinstance(entries, list):
+        raise UserError(f"{where}: expected a JSON list")
+    out = []
+    for entry in entries:
+        files = entry if isinstance(entry, list) else [entry]
+        if not files or not all(isinstance(f, str) for f in files):
+            raise UserError(f"{where}: {entry!r}: expected a path or a list of paths")
+        out.append(files)
+    return out
+
+
+def _fetch(item: str) -> list[str]:
+    repository, _, pattern = item.partition(":")
+    if not pattern or repository.count("/") != 1:
+        raise UserError(f"config.model_id_with_origin_paths: {item}: expected org/name:pattern")
+    try:
+        files = [f for f in HfApi().list_repo_files(repository) if fnmatch.fnmatch(f, pattern)]
+        if not files:
+            raise UserError(f"{repository}: no file matches {pattern}")
+        return [hf_hub_download(repository, f) for f in sorted(files)]
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{item}: cannot be fetched from the hub ({line})") from None

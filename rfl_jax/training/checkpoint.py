@@ -1,0 +1,68 @@
+"""Checkpoints of a run (Orbax): trainable weights, optimizer, step, random key and the data iterator's place."""
+
+import json
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from rfl_jax.errors import UserError
+from rfl_jax.training.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+        directory: folder; made when the first checkpoint is written.
+        keep: how many of the latest to keep.
+    """
+
+    def __init__(self, directory: epath.Path, *, keep: int = 3):
+        self._directory = directory
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+
+    def latest(self) -> int | None:
+        """The last step that was written whole."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, key: jax.Array, data: dict) -> None:
+        """Starts writing; `close` waits for the end."""
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            key=ocp.args.JaxRandomKeySave(key),
+            data=ocp.args.JsonSave(data),
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, jax.Array, dict]:
+        """State with the shapes and shardings of `like`, the random key, and the data iterator's state.
+
+        Raises:
+            UserError: the checkpoint does not fit the configuration.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract),
+            key=ocp.args.JaxRandomKeyRestore(),
+            data=ocp.args.JsonRestore(),
+        )
+        try:
+            found = self._manager.restore(step, args=items)
+        except (ValueError, KeyError, TypeError) as error:
+            line = (str(error).splitlines() or [""])[0][:200]
+            raise UserError(f"{self._directory}/{step}: does not fit this configuration ({line})") from None
+        return found.state, found.key, found.data
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def iterator_state(iterator: Any) -> dict:
+    """A Grain iterator's place as JSON."""
+    return json.loads(json.dumps(iterator.get_state()))

@@ -1,0 +1,79 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard, and a line on the terminal."""
+
+import json
+import sys
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+
+# Peak bf16 matrix throughput in FLOP/s by device kind (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}
+
+
+def peak_flops() -> float | None:
+    """Peak of all devices together; None where it is not known (a CPU)."""
+    kind = jax.devices()[0].device_kind
+    peak = next((v for k, v in sorted(PEAK_FLOPS.items(), reverse=True) if kind.startswith(k)), None)
+    return None if peak is None else peak * jax.device_count()
+
+
+class Metrics:
+    """Writes one object a step.
+
+    Args:
+        workdir: of the run.
+        start: steps done before; later lines of an interrupted run are dropped.
+        total: steps in all.
+        every: how often a line is shown.
+    """
+
+    def __init__(self, workdir: epath.Path, *, start: int, total: int, every: int):
+        self._file = workdir / "metrics.jsonl"
+        self._lines = []
+        if self._file.exists():
+            self._lines = [line for line in self._file.read_text().splitlines() if json.loads(line)["step"] <= start]
+            self._rewrite()
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._total = total
+        self._every = every
+        self._live = sys.stderr.isatty()
+
+    def _rewrite(self) -> None:
+        aside = self._file.with_name(".metrics.jsonl.tmp")
+        aside.write_text("".join(line + "\n" for line in self._lines))
+        aside.rename(self._file)
+
+    def write(self, figures: dict) -> None:
+        """Appends a step's figures."""
+        with self._file.open("a") as stream:
+            stream.write(json.dumps(figures) + "\n")
+        step = figures["step"]
+        for name, value in figures.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, step)
+        if step % self._every == 0 or step == self._total:
+            self._show(figures)
+
+    def _show(self, f: dict) -> None:
+        line = (
+            f"step {f['step']}/{self._total}  face {f['face_score']:.4f}  loss {f['loss']:+.4f}  "
+            f"kl {f['kl_loss']:.2e}  grad {f['grad_norm']:.2e}  {f['step_time_s']:.2f} s"
+        )
+        print(f"\r{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            print(file=sys.stderr)
+        self._board.close()

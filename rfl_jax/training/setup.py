@@ -1,0 +1,190 @@
+"""From a configuration to everything a run needs: weights on the mesh, the jitted step, the data."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from convert import store
+from rfl_jax.config import Config
+from rfl_jax.data.dataset import check_shapes, make_iterator
+from rfl_jax.data.metadata import read_metadata
+from rfl_jax.data.prepare import Prepared, negative_context, open_reward, open_text_encoder, prepare
+from rfl_jax.errors import UserError
+from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
+from rfl_jax.models.wan.dit import DiT
+from rfl_jax.sharding import BATCH, batch_shards, make_mesh, shardings
+from rfl_jax.sources import Sources, find_sources
+from rfl_jax.training.optim import learning_rate, optimizer
+from rfl_jax.training.state import Frozen, Networks, States, TrainState, create_state, split_networks
+from rfl_jax.training.step import Sampler, Step, make_sampler, make_step
+
+# Which sharding table a network uses.
+TABLES = {"dit": "dit", "dit2": "dit", "vae": "vae", "text_encoder": "umt5", "reward": "reward"}
+
+
+@dataclasses.dataclass
+class Setup:
+    """A run before its first step.
+
+    Attributes:
+        cfg: its configuration.
+        sources: where its weights are.
+        mesh: its devices.
+        prepared: its samples.
+        networks, sampler: static halves of the step.
+        state, frozen: weights and optimizer on the mesh.
+        step: the jitted step.
+        key: of all randomness.
+        updates_per_step: optimizer updates a step of `train_batch_size` samples.
+        steps: in all.
+        batch_names: arrays of a batch.
+        constants: arrays that are the same in every batch.
+    """
+
+    cfg: Config
+    sources: Sources
+    mesh: Mesh
+    prepared: list[Prepared]
+    networks: Networks
+    sampler: Sampler
+    state: TrainState
+    frozen: Frozen
+    step: Step
+    key: jax.Array
+    updates_per_step: int
+    steps: int
+    batch_names: tuple[str, ...]
+    constants: dict[str, np.ndarray]
+
+    def iterator(self) -> Any:
+        """The data, one optimizer update's samples of this process at a time."""
+        cfg = self.cfg
+        samples = cfg.per_device_train_batch_size * batch_shards(self.mesh) * cfg.gradient_accumulation_steps
+        return make_iterator(
+            self.prepared, self.batch_names, batch=samples // jax.process_count(), seed=cfg.seed
+        )
+
+    def place(self, samples: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A batch on the mesh: micro-batches first, samples spread over devices."""
+        count = self.cfg.gradient_accumulation_steps
+        batch = {k: v.reshape(count, -1, *v.shape[1:]) for k, v in samples.items()}
+        spread = NamedSharding(self.mesh, PartitionSpec(None, *BATCH))
+        placed = {k: jax.make_array_from_process_local_data(spread, v) for k, v in batch.items()}
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return placed | {k: jax.device_put(np.stack([v] * count), whole) for k, v in self.constants.items()}
+
+
+def load_networks(cfg: Config, sources: Sources) -> tuple[DiTConfig, Networks, States, Frozen]:
+    """All networks of the step, trainable and frozen weights apart.
+
+    Raises:
+        UserError: weights that are missing, or of another shape than `preset` names.
+    """
+    preset = DIT_PRESETS[cfg.preset]
+    dtype = jnp.dtype(cfg.dtype)
+    dits: dict[str, DiT] = {}
+    for name, files in (("dit", sources.dit), ("dit2", sources.dit2)):
+        if not files:
+            continue
+        # Masters of what trains in full come from the source's own precision.
+        full = name in cfg.trained and name not in cfg.adapted
+        stored = None if full else cfg.dtype
+        dits[name] = store.open_component("dit", files, weights_dtype=stored, dtype=dtype, remat_policy=cfg.policy)
+        found = dits[name].cfg
+        for field in dataclasses.fields(DiTConfig):
+            if field.name != "boundary" and getattr(found, field.name) != getattr(preset, field.name):
+                raise UserError(
+                    f"{files[0]}: {field.name} is {getattr(found, field.name)}, expected "
+                    f"{getattr(preset, field.name)} (config.preset={cfg.preset})"
+                )
+    missing = [name for name in cfg.trained if name == "dit2" and name not in dits]
+    if missing:
+        raise UserError("config.trainable_models: dit2 is named, but one network serves all steps of this preset")
+    vae_dtype = "float32" if "vae" in cfg.trained else cfg.dtype
+    networks, params, frozen = split_networks(
+        cfg,
+        dits=dits,
+        vae=store.open_component("vae", sources.vae, weights_dtype=vae_dtype, dtype=dtype),
+        reward=open_reward(cfg, sources.reward),
+        text_encoder=open_text_encoder(cfg, sources) if "text_encoder" in cfg.trained else None,
+    )
+    return preset, networks, params, frozen
+
+
+def place_states(states: States, mesh: Mesh) -> States:
+    """Weights on the mesh, by the network's table."""
+    return {name: jax.device_put(state, shardings(state, TABLES[name], mesh)) for name, state in states.items()}
+
+
+def experts_of(cfg: Config) -> int:
+    """How many DiTs the preset has."""
+    return 1 if DIT_PRESETS[cfg.preset].boundary is None else 2
+
+
+def cache_folder(cfg: Config, workdir: epath.Path) -> epath.Path:
+    return epath.Path(cfg.data.cache_dir) if cfg.data.cache_dir else workdir / "cache"
+
+
+def set_up(cfg: Config, workdir: epath.Path) -> Setup:
+    """Prepares the data, loads the weights and jits the step.
+
+    Raises:
+        UserError: anything in the configuration, the data or the weights that cannot be used.
+    """
+    sources = find_sources(cfg, experts=experts_of(cfg))
+    sampler = make_sampler(cfg, DIT_PRESETS[cfg.preset])
+    mesh = make_mesh({"data": cfg.mesh.data, "fsdp": cfg.mesh.fsdp})
+    samples = cfg.per_device_train_batch_size * batch_shards(mesh) * cfg.gradient_accumulation_steps
+    if cfg.train_batch_size % samples:
+        raise UserError(
+            f"config.train_batch_size: {cfg.train_batch_size} is no multiple of {samples} = per_device_train_batch_size "
+            f"{cfg.per_device_train_batch_size} x {batch_shards(mesh)} devices x gradient_accumulation_steps "
+            f"{cfg.gradient_accumulation_steps}"
+        )
+    rows = read_metadata(cfg.file_name)
+    prepared = prepare(cfg, sources, rows, cache_folder(cfg, workdir))
+    check_shapes(prepared, samples // cfg.gradient_accumulation_steps)
+    constants = {}
+    if sampler.guidance != 1.0:
+        constants["negative_context"] = negative_context(cfg, sources)[None]
+
+    _, networks, params, frozen = load_networks(cfg, sources)
+    steps_an_epoch = max(1, len(prepared) // cfg.train_batch_size)
+    steps = cfg.max_steps if cfg.max_steps > 0 else cfg.num_train_epochs * steps_an_epoch
+    updates_per_step = cfg.train_batch_size // samples
+    tx = optimizer(cfg, steps * updates_per_step)
+    schedule = learning_rate(cfg, steps * updates_per_step)
+
+    params = place_states(params, mesh)
+    frozen = Frozen(place_states(frozen.rest, mesh), place_states(frozen.reference, mesh))
+    state, state_shardings = place_state(params, tx, mesh)
+    step = jax.jit(
+        make_step(cfg, networks, sampler, tx, schedule), out_shardings=(state_shardings, None), donate_argnums=0
+    )
+    names = ("y", "pool", *(("ids", "mask") if "text_encoder" in cfg.trained else ("context",)))
+    key = jax.random.key(cfg.seed)
+    return Setup(
+        cfg, sources, mesh, prepared, networks, sampler, state, frozen, step, key, updates_per_step, steps, names, constants,
+    )  # fmt: skip
+
+
+def place_state(params: States, tx: Any, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """The first state and its shardings: moments lie where their weights do, everything else everywhere."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    places = {name: shardings(state, TABLES[name], mesh) for name, state in params.items()}
+    abstract = jax.eval_shape(lambda p: create_state(p, tx), params)
+
+    def like_params(subtree: Any) -> Any:
+        # A moment tree has the structure of the weights and takes their places.
+        return places if jax.tree.structure(subtree) == jax.tree.structure(params) else jax.tree.map(lambda _: whole, subtree)
+
+    is_moments = lambda x: jax.tree.structure(x) == jax.tree.structure(params)  # noqa: E731
+    opt_places = jax.tree.map(like_params, abstract.opt_state, is_leaf=is_moments)
+    places_of_state = TrainState(whole, places, opt_places)
+    state = jax.jit(lambda p: create_state(p, tx), out_shardings=places_of_state)(params)
+    return state, places_of_state

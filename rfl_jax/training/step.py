@@ -1,0 +1,224 @@
+"""The loss of Reward Feedback Learning and the step that minimises it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jaxtyping import Float
+
+from rfl_jax.config import Config
+from rfl_jax.errors import UserError
+from rfl_jax.models.wan.config import DiTConfig
+from rfl_jax.rewards.face import reward_loss
+from rfl_jax.sampling.rollout import Expert, Velocity, rollout
+from rfl_jax.sampling.schedule import Phase, plan_phases, sigmas
+from rfl_jax.training.state import Frozen, Networks, States, TrainState
+
+Batch = dict[str, Array]
+Step = Callable[[TrainState, Frozen, Batch, Array], tuple[TrainState, dict[str, Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """The static part of sampling.
+
+    Attributes:
+        dit: shape of the DiTs.
+        levels: sigmas.
+        phases: who serves which steps.
+        guidance: classifier-free guidance scale; 1 is none.
+    """
+
+    dit: DiTConfig
+    levels: Float[np.ndarray, "n"]
+    phases: tuple[Phase, ...]
+    guidance: float
+
+
+def make_sampler(cfg: Config, dit: DiTConfig) -> Sampler:
+    """The sampler of a run.
+
+    Raises:
+        UserError: a trained DiT that no step with gradient uses.
+    """
+
+    levels = sigmas(cfg.num_inference_steps, cfg.sampling.shift)
+    boundary = None if dit.boundary is None else cfg.min_timestep_boundary
+    above = int(np.sum(levels[:-1] > np.float32(cfg.max_timestep_boundary)))
+    phases = plan_phases(levels, boundary=boundary, mid=max(cfg.mid_timestep, above), final=cfg.final_timestep)
+    reached = {phase.expert for phase in phases if phase.gradient}
+    for name in set(cfg.trained) & {"dit", "dit2"}:
+        if name not in reached:
+            raise UserError(
+                f"config.trainable_models: {name} serves no step with gradient (steps {cfg.mid_timestep} to "
+                f"{cfg.final_timestep}), expected one of {', '.join(sorted(reached))} or a lower mid_timestep"
+            )
+    return Sampler(dit, levels, phases, cfg.sampling.guidance_scale)
+
+
+def start_noise(key: Array, samples: Array, step: Array, shape: tuple[int, ...], mode: str) -> Float[Array, "b ..."]:
+    """Standard normal latents.
+
+    Args:
+        key: the run's.
+        samples: [b] numbers of the samples.
+        step: optimizer updates done.
+        shape: of one sample's latents.
+        mode: "fresh": a function of (key, sample, step); "fixed": of the key alone.
+    """
+    if mode == "fixed":
+        return jnp.broadcast_to(jax.random.normal(key, shape), (samples.shape[0], *shape))
+
+    def draw(sample: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, sample), step), shape)
+
+    return jax.vmap(draw)(samples)
+
+
+def latent_shape(sampler: Sampler, batch: Batch) -> tuple[int, ...]:
+    """Latent frames, rows, columns and channels of a batch's videos."""
+    return (*batch["y"].shape[1:4], sampler.dit.out_dim)
+
+
+def bind_experts(
+    networks: Networks, sampler: Sampler, params: States, frozen: Frozen, batch: Batch
+) -> tuple[dict[str, Expert], Callable[[Array], Array]]:
+    """The experts with a batch's conditioning, and what is done to latents between steps.
+
+    Args:
+        batch: "y" [b, t, h, w, c] conditioning, "context" [b, s, d] text features, and with guidance
+            "negative_context". The text encoder's tokens "ids" and "mask" instead of "context" where it trains.
+    """
+    cfg = sampler.dit
+    y = batch["y"].astype(jnp.float32)
+    context = batch.get("context")
+    if "text_encoder" in networks.graphs:
+        context = networks.build("text_encoder", params, frozen).context(batch["ids"], batch["mask"])
+        context = context[:, : cfg.text_len]
+
+    def velocity(model: Any, context: Array | None) -> Velocity:
+        def one(x: Array, t: Array, context: Array | None) -> Array:
+            if not cfg.first_frame_in_latents:
+                return model(jnp.concatenate([x, y], -1), t, context)
+            # TI2V: the tokens of the first latent frame, which is given, have timestep 0.
+            pt, ph, pw = cfg.patch_size
+            frames, rows, columns = x.shape[1] // pt, x.shape[2] // ph, x.shape[3] // pw
+            later = jnp.repeat(jnp.arange(frames) > 0, rows * columns)
+            return model(x, t[:, None] * later, context)
+
+        def guided(x: Array, t: Array) -> Array:
+            v = one(x, t, context)
+            if sampler.guidance == 1.0:
+                return v
+            away = one(x, t, jnp.broadcast_to(batch["negative_context"], context.shape))
+            return away + sampler.guidance * (v - away)
+
+        return guided
+
+    experts = {}
+    still = jax.lax.stop_gradient(params)
+    still_context = None if context is None else jax.lax.stop_gradient(context)
+    for name in {phase.expert for phase in sampler.phases}:
+        trains = name in params
+        reference = velocity(networks.build_reference(name, frozen), still_context) if trains else None
+        experts[name] = Expert(
+            velocity(networks.build(name, params, frozen), context),
+            reference,
+            velocity(networks.build(name, still, frozen), still_context),
+        )
+
+    def keep(x: Array) -> Array:
+        return x.at[:, :1].set(y[:, :1]) if cfg.first_frame_in_latents else x
+
+    return experts, keep
+
+
+def make_loss(
+    cfg: Config, networks: Networks, sampler: Sampler
+) -> Callable[[States, Frozen, Batch, Array, Array], tuple[Array, dict[str, Array]]]:
+    """`(params, frozen, batch, key, step) -> (loss, figures)` of one micro-batch."""
+
+    def loss(params: States, frozen: Frozen, batch: Batch, key: Array, step: Array) -> tuple[Array, dict[str, Array]]:
+        experts, keep = bind_experts(networks, sampler, params, frozen, batch)
+        noise = batch.get("noise")
+        if noise is None:
+            noise = start_noise(key, batch["sample"], step, latent_shape(sampler, batch), cfg.noise.mode)
+        out = rollout(experts, noise, sampler.levels, sampler.phases, keep=keep)
+        video = networks.build("vae", params, frozen).decode(out.latents)
+        score = networks.build("reward", params, frozen)(video, batch["pool"])
+        # Samples without a face say nothing: no reward and no gradient of it.
+        rewarded = jnp.where(score.valid, reward_loss(score.score), 0.0)
+        kl = jnp.mean(out.kl)
+        value = cfg.reward.weight * jnp.mean(rewarded) + cfg.reward.kl_weight * kl
+        count = jnp.sum(score.valid)
+        figures = {
+            "loss": value,
+            "score_sum": jnp.sum(jnp.where(score.valid, score.score, 0.0)),
+            "score_count": count,
+            "kl_loss": kl,
+            "no_face_fraction": 1 - jnp.mean(score.valid.astype(jnp.float32)),
+            "video": jnp.clip(jnp.rint((video[0] + 1) * 127.5), 0, 255).astype(jnp.uint8),
+        }
+        return value, figures
+
+    return loss
+
+
+def make_step(
+    cfg: Config, networks: Networks, sampler: Sampler, tx: optax.GradientTransformation, schedule: optax.Schedule
+) -> Step:
+    """`(state, frozen, batch, key) -> (state, metrics)`: one optimizer update.
+
+    The batch's arrays have a leading axis of micro-batches, whose gradients are averaged.
+    """
+    grad = jax.value_and_grad(make_loss(cfg, networks, sampler), has_aux=True)
+
+    def step(state: TrainState, frozen: Frozen, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        def micro(total: States, batch: Batch) -> tuple[States, dict[str, Array]]:
+            (_, figures), grads = grad(state.params, frozen, batch, key, state.step)
+            return jax.tree.map(jnp.add, total, grads), figures
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        grads, figures = jax.lax.scan(micro, zeros, batch)
+        count = figures["loss"].shape[0]
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": jnp.mean(figures["loss"]),
+            "face_score": jnp.sum(figures["score_sum"]) / jnp.maximum(jnp.sum(figures["score_count"]), 1),
+            "kl_loss": jnp.mean(figures["kl_loss"]),
+            "grad_norm": optax.global_norm(grads),
+            "no_face_fraction": jnp.mean(figures["no_face_fraction"]),
+            "learning_rate": schedule(state.step),
+            "video": figures["video"][0],
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def dit_forward_flops(cfg: DiTConfig, tokens: int) -> float:
+    """Floating-point operations of one DiT forward pass of one sample: its matrix products and attention."""
+    n, d, s = tokens, cfg.dim, cfg.text_len
+    self_attention = 8 * n * d * d + 4 * n * n * d
+    cross_attention = 4 * n * d * d + 4 * s * d * d + 4 * n * s * d
+    return float(cfg.num_layers * (self_attention + cross_attention + 4 * n * d * cfg.ffn_dim))
+
+
+def model_flops(cfg: Config, sampler: Sampler, shape: tuple[int, ...], samples: int) -> float:
+    """Operations that one update needs of the transformers, recomputation not counted: a forward pass a step without
+    gradient; with it, one more for the reference and two for the backward pass.
+    """
+    tokens = int(np.prod(shape[:3])) // int(np.prod(sampler.dit.patch_size))
+    passes = sum(
+        (phase.stop - phase.start) * ((3 + (phase.expert in cfg.trained)) if phase.gradient else 1)
+        for phase in sampler.phases
+    )
+    guided = 1 if sampler.guidance == 1.0 else 2
+    return samples * guided * passes * dit_forward_flops(sampler.dit, tokens)
