@@ -3,6 +3,7 @@
 import argparse
 import ast
 import sys
+from typing import NoReturn
 
 from etils import epath
 
@@ -11,7 +12,7 @@ from rfl_jax.errors import UserError, refuse_in_one_line
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 

@@ -83,7 +83,9 @@ def walk(graph: Graph) -> tuple[IResNetConfig, dict[str, np.ndarray]]:
         raise graph.refuse(graph.consumers(x)[0] if graph.consumers(x) else gemm, "the embedding as the output")
     side = CROP // 2**STAGES
     if kernel.shape[1] != widths[-1] * side * side:
-        raise graph.refuse(gemm, f"{widths[-1] * side * side} features of a {CROP}x{CROP} crop, found {kernel.shape[1]}")
+        raise graph.refuse(
+            gemm, f"{widths[-1] * side * side} features of a {CROP}x{CROP} crop, found {kernel.shape[1]}"
+        )
     # The graph flattens channels first, the module channels last.
     kernel = kernel.reshape(-1, widths[-1], side, side).transpose(2, 3, 1, 0).reshape(-1, bias.size)
     arrays["fc.kernel"], arrays["fc.bias"] = kernel.astype(np.float32), bias.astype(np.float32)
@@ -111,5 +113,3 @@ def load(source: Path | str) -> IResNet:
     """
     cfg, arrays = convert(source)
     return set_arrays(nnx.eval_shape(lambda: build(cfg)), jax.tree.map(jnp.asarray, arrays))
-
-

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,9 @@ class Component:
     build: Callable[..., nnx.Module]
     hint_names: tuple[str, ...] = ()
 
-    def convert(self, sources: Sequence[Path | str], *, dtype: str | None = None, **hints) -> tuple[object, dict[str, np.ndarray]]:
+    def convert(
+        self, sources: Sequence[Path | str], *, dtype: str | None = None, **hints: Any
+    ) -> tuple[object, dict[str, np.ndarray]]:
         """Config and `dotted.path -> array` of a checkpoint.
 
         Raises:
@@ -43,7 +46,9 @@ class Component:
         """
         unknown = sorted(set(hints) - set(self.hint_names))
         if unknown:
-            raise UserError(f"{unknown[0]}: not a setting of {self.name}, expected one of {', '.join(self.hint_names) or 'none'}")
+            raise UserError(
+                f"{unknown[0]}: not a setting of {self.name}, expected one of {', '.join(self.hint_names) or 'none'}"
+            )
         paths = [Path(source) for source in sources]
         reader = SafetensorsReader(paths)
         rules = self.namings[self.naming(reader.shapes)]
@@ -55,7 +60,7 @@ class Component:
             raise UserError(f"{paths[0]}: {error}") from None
         return cfg, fill(assignments, target, reader.read, np.dtype(jnp.dtype(dtype)) if dtype else None)
 
-    def load(self, source: Path | str | Sequence[Path | str], *, dtype: str | None = None, **hints) -> nnx.Module:
+    def load(self, source: Path | str | Sequence[Path | str], *, dtype: str | None = None, **hints: Any) -> Any:
         """The Flax module filled with a checkpoint's weights, in memory.
 
         Args:

@@ -5,8 +5,8 @@ from typing import Any
 
 from flax import nnx
 
-from convert.mapping import Rule, Shapes, identity, patchify, squeeze_leading, target_shapes, transpose
 from convert.component import Component
+from convert.mapping import Rule, Shapes, identity, patchify, squeeze_leading, target_shapes, transpose
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT
@@ -110,7 +110,9 @@ def infer_config(shapes: Shapes, hints: dict) -> DiTConfig:
         in_dim, out_dim = patch_in // math.prod(PATCH), found["head.kernel"][1] // math.prod(PATCH)
     except KeyError as error:
         raise UserError(f"DiT: missing tensor for {error.args[0]}") from None
-    preset = next((p for p in DIT_PRESETS.values() if (p.in_dim, p.dim, p.num_layers) == (in_dim, dim, num_layers)), None)
+    preset = next(
+        (p for p in DIT_PRESETS.values() if (p.in_dim, p.dim, p.num_layers) == (in_dim, dim, num_layers)), None
+    )
     heads = hints.get("num_heads", hints.get("num_attention_heads", preset.num_heads if preset else max(dim // 128, 1)))
     if dim % heads or (dim // heads) % 2:
         raise UserError(f"DiT: num_heads={heads} does not split width {dim} into even heads")

@@ -10,6 +10,7 @@ from convert.mapping import Rule, fill, plan, transpose, unfill
 from convert.readers import SafetensorsReader
 from rfl_jax.errors import UserError
 from rfl_jax.models.lora import TARGETS
+from rfl_jax.models.weights import get_arrays
 
 PLACES = {
     **{f"{attention}.{p}": f"{attention}.{p}" for attention in ("self_attn", "cross_attn") for p in "qkvo"},
@@ -17,7 +18,12 @@ PLACES = {
     "ffn.2": TARGETS["ffn.2"],
 }
 RULES = [
-    Rule(rf"blocks\.(\d+)\.{source.replace('.', chr(92) + '.')}\.{theirs}\.weight", f"blocks.{target}.{ours}", transpose, True)
+    Rule(
+        rf"blocks\.(\d+)\.{source.replace('.', chr(92) + '.')}\.{theirs}\.weight",
+        f"blocks.{target}.{ours}",
+        transpose,
+        True,
+    )
     for source, target in PLACES.items()
     for theirs, ours in (("lora_A", "lora_a"), ("lora_B", "lora_b"))
 ]
@@ -35,9 +41,8 @@ def read(file: Path | str, model: nnx.Module) -> dict[str, np.ndarray]:
         raise UserError(f"{file}: expected lora_A matrices of one rank, found {sorted(ranks)}")
     rank = ranks.pop()
     present = {rule.target for rule in RULES if rule.key(0) in reader.shapes}
-    target = {}
-    for name, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        path = ".".join(map(str, name))
+    target: dict[str, tuple[int, ...]] = {}
+    for path, leaf in get_arrays(model).items():
         if path.endswith(".kernel") and path.startswith("blocks."):
             *stack, d_in, d_out = leaf.shape
             base = path.removesuffix(".kernel")

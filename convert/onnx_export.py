@@ -5,6 +5,7 @@ Runtime: batch norms folded or not, outputs with or without a batch axis, fixed 
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ EPSILON = 1e-5
 
 
 class _Builder:
-    def __init__(self, *, folded: bool, seed: int = 0):
+    def __init__(self, *, folded: bool, seed: int = 0) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.folded = folded
@@ -30,7 +31,7 @@ class _Builder:
         self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
-    def add(self, op: str, *inputs: str, **attributes: object) -> str:
+    def add(self, op: str, *inputs: str, **attributes: Any) -> str:
         name = f"t{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, list(inputs), [name], f"{op}_{len(self.nodes)}", **attributes))
         return name
@@ -79,7 +80,7 @@ def export_iresnet(model: IResNet, file: Path, *, folded: bool = True) -> None:
     """Writes an embedder with input [N, 3, 112, 112]."""
     b = _Builder(folded=folded)
 
-    def prelu(x: str, slope: np.ndarray) -> str:
+    def prelu(x: str, slope: Any) -> str:
         return b.add("PRelu", x, b.constant(np.asarray(slope)[:, None, None]))
 
     x = prelu(b.conv("input.1", model.conv1), model.prelu.slope[...])
@@ -135,7 +136,13 @@ def export_scrfd(
         empty = b.constant(np.zeros(0, np.float32))
         scales = b.constant(np.array([1, 1, 2, 2], np.float32))
         return b.add(
-            "Resize", x, empty, scales, mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric"
+            "Resize",
+            x,
+            empty,
+            scales,
+            mode="nearest",
+            nearest_mode="floor",
+            coordinate_transformation_mode="asymmetric",
         )
 
     x, features = "input.1", []
@@ -165,7 +172,7 @@ def export_scrfd(
         for kind, (conv, width) in enumerate(zip((head.cls, head.reg, head.kps), widths, strict=True)):
             y = b.conv(x, conv)
             if kind == 1:
-                y = b.add("Mul", y, b.constant(np.float32(1.0)))
+                y = b.add("Mul", y, b.constant(np.array(1.0, np.float32)))
             y = b.add("Transpose", y, perm=[0, 2, 3, 1] if batch_axis else [2, 3, 0, 1])
             y = b.add("Reshape", y, b.constant(np.array([1, -1, width] if batch_axis else [-1, width])))
             outputs[kind].append(b.add("Sigmoid", y) if kind == 0 else y)

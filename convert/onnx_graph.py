@@ -20,7 +20,7 @@ SIDE_CHAINS = ("Shape",)
 class Node:
     """An operator: its type, data inputs and outputs, attributes."""
 
-    def __init__(self, index: int, proto: onnx.NodeProto):
+    def __init__(self, index: int, proto: onnx.NodeProto) -> None:
         self.index = index
         self.op = proto.op_type
         self.name = proto.name or (proto.output[0] if proto.output else "")
@@ -40,7 +40,7 @@ class Graph:
             network expects.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path) -> None:
         self.file = file
         if not file.is_file():
             raise UserError(f"{file}: no such file, expected an ONNX model")

@@ -35,7 +35,7 @@ class SafetensorsReader:
             tensor that its shard lacks; a key occurs twice.
     """
 
-    def __init__(self, sources: Sequence[Path]):
+    def __init__(self, sources: Sequence[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         self._handles: dict[Path, safe_open] = {}

@@ -29,7 +29,7 @@ PERMUTATIONS = ([2, 3, 0, 1], [0, 2, 3, 1])
 
 
 class _Walk:
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.arrays: dict[str, np.ndarray] = {}
 
@@ -132,7 +132,9 @@ class _Walk:
         nodes = self.graph.consumers(tensor)
         found = [n for n in nodes if n.op == op and (step is None or stride(n) == step)]
         if len(found) != 1:
-            raise self.graph.refuse(nodes[0] if nodes else None, f"one {op} of the neck after {tensor!r}, found {len(found)}")
+            raise self.graph.refuse(
+                nodes[0] if nodes else None, f"one {op} of the neck after {tensor!r}, found {len(found)}"
+            )
         return found[0]
 
     def upsampled(self, tensor: str) -> str:
@@ -170,7 +172,9 @@ class _Walk:
             tower.append(spec)
         kinds = {OUTPUTS.get(graph.constant(n, 1).shape[0]): n for n in convs}
         if set(kinds) != set(OUTPUTS.values()):
-            raise graph.refuse(convs[0] if convs else None, "convolutions for scores, boxes and keypoints (2, 8 and 20 channels)")
+            raise graph.refuse(
+                convs[0] if convs else None, "convolutions for scores, boxes and keypoints (2, 8 and 20 channels)"
+            )
         for kind, node in kinds.items():
             self.output(self.conv(node, f"{name}.{kind}"), f"{name}.{kind}", kind == "cls")
         return tuple(tower), self.arrays[f"{name}.cls.kernel"].shape[0]

@@ -26,7 +26,9 @@ CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "arcface": IR
 LAYERS = {kind.__name__: kind for kind in (ConvSpec, PoolSpec, BlockSpec)}
 
 
-def convert(kind: str, sources: list[str], *, dtype: str | None = None, **hints: Any) -> tuple[Any, dict[str, np.ndarray]]:
+def convert(
+    kind: str, sources: list[str], *, dtype: str | None = None, **hints: Any
+) -> tuple[Any, dict[str, np.ndarray]]:
     """Config and arrays of a component's source files."""
     if kind in SAFETENSORS:
         return SAFETENSORS[kind].convert(sources, dtype=dtype, **hints)
@@ -102,7 +104,9 @@ def _to_json(cfg: Any) -> dict:
 
 def _from_json(kind: str, content: dict) -> Any:
     if kind == "scrfd":
-        backbone = tuple(LAYERS[c["layer"]](**{k: v for k, v in c.items() if k != "layer"}) for c in content["backbone"])
+        backbone = tuple(
+            LAYERS[c["layer"]](**{k: v for k, v in c.items() if k != "layer"}) for c in content["backbone"]
+        )
         tower = tuple(ConvSpec(**spec) for spec in content["tower"])
         return SCRFDConfig(backbone, tuple(content["taps"]), content["neck"], tower, content["output_kernel"])
     return CONFIGS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})

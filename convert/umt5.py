@@ -1,6 +1,7 @@
 """UMT5 encoder: original (Wan-Video `models_t5_umt5-xxl-enc`) and transformers naming."""
 
 from typing import Any
+
 from flax import nnx
 
 from convert.component import Component
@@ -15,7 +16,9 @@ TRANSFORMERS = r"encoder\.block\.(\d+)\.layer\."
 def _rules(names: dict[str, str]) -> list[Rule]:
     layout = {"kernel": transpose, "scale": identity, "position_bias": identity}
     return [
-        Rule(rf"{source}\.weight", target, layout.get(target.rsplit(".", 1)[-1], identity), target.startswith("blocks."))
+        Rule(
+            rf"{source}\.weight", target, layout.get(target.rsplit(".", 1)[-1], identity), target.startswith("blocks.")
+        )
         for source, target in names.items()
     ]
 

@@ -28,7 +28,10 @@ RES_BLOCKS = 2
 
 
 def _layer(source: str, target: str, transform: Transform) -> list[Rule]:
-    return [Rule(rf"{source}\.weight", f"{target}.kernel", transform), Rule(rf"{source}\.bias", f"{target}.bias", identity)]
+    return [
+        Rule(rf"{source}\.weight", f"{target}.kernel", transform),
+        Rule(rf"{source}\.bias", f"{target}.bias", identity),
+    ]
 
 
 def _norm(source: str, target: str, transform: Transform = flatten_3d) -> Rule:
@@ -155,7 +158,11 @@ NAMINGS: dict[str, list[Rule]] = {
 
 def naming(shapes: Shapes) -> str:
     """The table whose input convolution the source has; Wan2.2 is told by its twelve (patched) input channels."""
-    family, key = ("diffusers", "encoder.conv_in.weight") if "quant_conv.weight" in shapes else ("original", "encoder.conv1.weight")
+    family, key = (
+        ("diffusers", "encoder.conv_in.weight")
+        if "quant_conv.weight" in shapes
+        else ("original", "encoder.conv1.weight")
+    )
     if len(shapes.get(key, ())) != 5:
         raise UserError(f"VAE: missing tensor {key} of five axes")
     return f"{family} {'2.2' if shapes[key][1] == 12 else '2.1'}"
@@ -175,7 +182,9 @@ def infer_config(shapes: Shapes, hints: dict) -> VAEConfig:
         raise UserError(f"VAE: missing tensor for {error.args[0]}") from None
     mean, std = hints.get("latents_mean", preset.latent_mean), hints.get("latents_std", preset.latent_std)
     if not len(mean) == len(std) == z_dim:
-        raise UserError(f"VAE: {z_dim} latent channels, expected as many latents_mean ({len(mean)}) and latents_std ({len(std)})")
+        raise UserError(
+            f"VAE: {z_dim} latent channels, expected as many latents_mean ({len(mean)}) and latents_std ({len(std)})"
+        )
     return VAEConfig(preset.version, dim, decoder_dim, z_dim, tuple(mean), tuple(std))
 
 

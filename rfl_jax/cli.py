@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rfl_jax.config import Config, parse
@@ -36,5 +36,6 @@ def run(main: Callable[[], None], command: str) -> None:
             raise UserError(f"{rest[1]}: unexpected argument, expected --flag=value")
         return rest
 
+    logging.set_verbosity(logging.WARNING)
     with refuse_in_one_line(command):
         app.run(lambda _: main(), flags_parser=parse_flags)

@@ -6,7 +6,7 @@ Top-level keys are the original's, with its names and meanings; what is added is
 import dataclasses
 import json
 import types
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import ml_collections
 
@@ -216,7 +216,7 @@ def _build(kind: type[T], values: dict[str, Any], prefix: str) -> T:
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise UserError(f"config.{prefix}{name}: expected a group of settings, got {value!r}")
-            fields[name] = _build(hint, value, f"{prefix}{name}.")
+            fields[name] = _build(cast(type, hint), value, f"{prefix}{name}.")
         else:
             fields[name] = _typed(value, hint, f"config.{prefix}{name}")
     return kind(**fields)
@@ -256,23 +256,49 @@ def _check(cfg: Config) -> None:
     need(bool(cfg.trained), "trainable_models", f"at least one of {', '.join(TRAINABLE)}")
     need(set(_names(cfg.trainable_models)) <= set(TRAINABLE), "trainable_models", f"some of {', '.join(TRAINABLE)}")
     need(set(cfg.adapted) <= {"dit", "dit2"}, "lora_base_model", "some of dit, dit2, or empty")
-    need(bool(cfg.lora_targets) and set(cfg.lora_targets) <= set(TARGETS), "lora_target_modules", f"some of {', '.join(TARGETS)}")
+    need(
+        bool(cfg.lora_targets) and set(cfg.lora_targets) <= set(TARGETS),
+        "lora_target_modules",
+        f"some of {', '.join(TARGETS)}",
+    )
     need(0 <= cfg.mid_timestep <= cfg.final_timestep, "mid_timestep", f"0..final_timestep ({cfg.final_timestep})")
-    need(cfg.final_timestep < cfg.num_inference_steps, "final_timestep", f"less than num_inference_steps ({cfg.num_inference_steps})")
-    need(0 <= cfg.min_timestep_boundary <= cfg.max_timestep_boundary <= 1, "min_timestep_boundary", "0 <= min <= max <= 1")
-    need(set(cfg.inputs) <= {"input_image", "end_image"} and "input_image" in cfg.inputs, "extra_inputs", "input_image or input_image,end_image")
+    need(
+        cfg.final_timestep < cfg.num_inference_steps,
+        "final_timestep",
+        f"less than num_inference_steps ({cfg.num_inference_steps})",
+    )
+    need(
+        0 <= cfg.min_timestep_boundary <= cfg.max_timestep_boundary <= 1,
+        "min_timestep_boundary",
+        "0 <= min <= max <= 1",
+    )
+    need(
+        set(cfg.inputs) <= {"input_image", "end_image"} and "input_image" in cfg.inputs,
+        "extra_inputs",
+        "input_image or input_image,end_image",
+    )
     need(cfg.noise.mode in ("fresh", "fixed"), "noise.mode", "fresh or fixed")
     need(cfg.reward.compat in COMPATS, "reward.compat", f"one of {', '.join(COMPATS)}")
     need(cfg.reward.channel_order in ("rgb", "bgr"), "reward.channel_order", "rgb or bgr")
-    need(cfg.reward.detector_size > 0 and cfg.reward.detector_size % 32 == 0, "reward.detector_size", "a multiple of 32")
+    need(
+        cfg.reward.detector_size > 0 and cfg.reward.detector_size % 32 == 0, "reward.detector_size", "a multiple of 32"
+    )
     need(cfg.sampling.shift > 0, "sampling.shift", "a positive number")
     need(cfg.data.on_bad_row in ("error", "skip"), "data.on_bad_row", "error or skip")
     need(cfg.data.num_frames >= 5 and cfg.data.num_frames % 4 == 1, "data.num_frames", "4n+1 frames, at least 5")
     need((cfg.data.height > 0) == (cfg.data.width > 0), "data.height", "height and width both, or neither")
     for axis in ("data", "fsdp"):
-        need(getattr(cfg.mesh, axis) == -1 or getattr(cfg.mesh, axis) >= 1, f"mesh.{axis}", "at least 1, or -1 for the rest")
+        need(
+            getattr(cfg.mesh, axis) == -1 or getattr(cfg.mesh, axis) >= 1,
+            f"mesh.{axis}",
+            "at least 1, or -1 for the rest",
+        )
     need(not cfg.mesh.data == cfg.mesh.fsdp == -1, "mesh.data", "at most one axis of -1")
-    need(bool(cfg.eval.judge_model_path) or not cfg.eval.file_name, "eval.judge_model_path", "a folder, as eval.file_name is set")
+    need(
+        bool(cfg.eval.judge_model_path) or not cfg.eval.file_name,
+        "eval.judge_model_path",
+        "a folder, as eval.file_name is set",
+    )
 
 
 def dumps(cfg: Config) -> str:

@@ -67,7 +67,9 @@ def _paths(text: str) -> list[list[str]]:
         try:
             text = Path(text).read_text()
         except OSError:
-            raise UserError(f"config.model_paths: {where}: no such file, expected a JSON list or a file of one") from None
+            raise UserError(
+                f"config.model_paths: {where}: no such file, expected a JSON list or a file of one"
+            ) from None
     try:
         entries = json.loads(text)
     except ValueError as error:

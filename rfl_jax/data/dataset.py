@@ -13,7 +13,7 @@ from rfl_jax.errors import UserError
 class _Source:
     """Random access to prepared samples; each carries its number."""
 
-    def __init__(self, prepared: Sequence[Prepared], names: Sequence[str]):
+    def __init__(self, prepared: Sequence[Prepared], names: Sequence[str]) -> None:
         self._prepared = prepared
         self._names = names
 
@@ -22,7 +22,7 @@ class _Source:
 
     def __getitem__(self, index: int) -> Sample:
         values = self._prepared[index].load()
-        return {"sample": np.int32(index), **{name: values[name] for name in self._names}}
+        return {"sample": np.array(index, np.int32), **{name: values[name] for name in self._names}}
 
 
 def check_shapes(prepared: Sequence[Prepared], batch: int) -> None:

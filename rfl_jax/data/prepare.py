@@ -57,7 +57,7 @@ class Encoders:
         judge: folder of a second embedder's ONNX files, whose pool is stored as well; empty for none.
     """
 
-    def __init__(self, cfg: Config, sources: Sources, judge: str = ""):
+    def __init__(self, cfg: Config, sources: Sources, judge: str = "") -> None:
         self.cfg = cfg
         self.sources = sources
         self.judge = judge
@@ -263,7 +263,7 @@ def _row_hash(base: str, row: Row) -> str:
 
 def _write(file: epath.Path, values: Sample) -> None:
     buffer = io.BytesIO()
-    np.savez(buffer, **values)
+    np.savez(buffer, allow_pickle=False, **values)
     aside = file.with_name(f".{file.name}.tmp")
     with _removed_on_failure(aside):
         aside.write_bytes(buffer.getvalue())

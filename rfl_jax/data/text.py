@@ -31,7 +31,7 @@ class PromptTokenizer:
         UserError: no such file, or not a tokenizer.
     """
 
-    def __init__(self, path: Path | str, length: int):
+    def __init__(self, path: Path | str, length: int) -> None:
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():

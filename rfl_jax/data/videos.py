@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from etils import epath
 from jaxtyping import Float, UInt8
 from PIL import Image
 
@@ -79,7 +80,7 @@ def read_clip(
     return np.stack(frames[: clip_length(len(frames), num_frames)]).astype(np.float32) / 127.5 - 1
 
 
-def write_video(path: Path, frames: UInt8[np.ndarray, "t h w 3"], *, fps: int = 16) -> None:
+def write_video(path: Path | epath.Path, frames: UInt8[np.ndarray, "t h w 3"], *, fps: int = 16) -> None:
     """Writes an H.264 mp4, aside and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.tmp{path.suffix}")

@@ -6,7 +6,7 @@ adds pose, expression and light; a clip moves them smoothly.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,14 @@ IDENTITY = (
 POSE = ("x", "y", "scale", "yaw", "pitch", "roll", "smile", "mouth_open", "blink", "brow_raise", "light")
 
 BACKGROUNDS = ("grey", "blue", "green", "red", "yellow", "purple")
-_BACKGROUND_RGB = ((0.55, 0.56, 0.58), (0.35, 0.5, 0.75), (0.4, 0.62, 0.42), (0.7, 0.4, 0.38), (0.78, 0.7, 0.42), (0.55, 0.42, 0.68))
+_BACKGROUND_RGB = (
+    (0.55, 0.56, 0.58),
+    (0.35, 0.5, 0.75),
+    (0.4, 0.62, 0.42),
+    (0.7, 0.4, 0.38),
+    (0.78, 0.7, 0.42),
+    (0.55, 0.42, 0.68),
+)
 MOTIONS = ("looks left and right", "nods", "tilts the head", "moves across the picture", "comes closer")
 EXPRESSIONS = ("smiles", "speaks", "blinks", "raises the eyebrows")
 
@@ -66,7 +73,8 @@ def sample_scene(key: Array, identity: Float[Array, "b i"], frames: int) -> Scen
     b = identity.shape[0]
     keys = jax.random.split(key, 8)
     words = jnp.stack(
-        [jax.random.randint(keys[i], (b,), 0, n) for i, n in enumerate(map(len, (BACKGROUNDS, MOTIONS, EXPRESSIONS)))], -1
+        [jax.random.randint(keys[i], (b,), 0, n) for i, n in enumerate(map(len, (BACKGROUNDS, MOTIONS, EXPRESSIONS)))],
+        -1,
     )
     base = jnp.array([0.0, 0.02, 1.2, 0.0, 0.0, 0.0, 0.2, 0.05, 0.0, 0.0, 0.0])
     spread = jnp.array([0.1, 0.07, 0.1, 0.25, 0.15, 0.08, 0.2, 0.05, 0.0, 0.1, 0.6])
@@ -113,10 +121,13 @@ def _hue(h: Array, s: Array | float, v: Array | float) -> Array:
     return v - v * s * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
 
-def _geometry(identity: Array, pose: Array) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+Factors = Mapping[str, Array]
+
+
+def _geometry(identity: Array, pose: Array) -> tuple[Factors, Factors, Factors]:
     """Named factors, and where the features are in the face's own coordinates (head about 0.5 wide, 0.65 high)."""
-    i = dict(zip(IDENTITY, identity, strict=True))
-    p = dict(zip(POSE, pose, strict=True))
+    i: Factors = dict(zip(list[str](IDENTITY), identity, strict=True))
+    p: Factors = dict(zip(list[str](POSE), pose, strict=True))
     yaw, pitch = p["yaw"], p["pitch"]
     turn = jnp.cos(yaw)
     spacing = 0.17 + 0.09 * i["eye_spacing"]
@@ -135,7 +146,7 @@ def _geometry(identity: Array, pose: Array) -> tuple[dict[str, Array], dict[str,
     return i, p, g
 
 
-def _to_image(point: Array, p: dict[str, Array]) -> Array:
+def _to_image(point: Array, p: Factors) -> Array:
     c, s = jnp.cos(p["roll"]), jnp.sin(p["roll"])
     x, y = point[..., 0], point[..., 1]
     return jnp.stack([p["x"] + p["scale"] * (c * x - s * y), p["y"] + p["scale"] * (s * x + c * y)], -1)
@@ -172,8 +183,12 @@ def _draw(identity: Array, pose: Array, background: Array, size: int) -> Array:
     def paint(image: Array, colour: Array, amount: Array) -> Array:
         return image + (colour - image) * amount[..., None]
 
-    skin = _hue(0.045 + 0.035 * i["skin_hue"], 0.5 - 0.22 * i["skin_tone"] + 0.1 * i["skin_hue"], 0.42 + 0.55 * i["skin_tone"])
-    hair = _hue(0.02 + 0.11 * i["hair_hue"], 0.75 - 0.45 * i["hair_tone"] * i["hair_hue"], 0.08 + 0.8 * i["hair_tone"] ** 1.5)
+    skin = _hue(
+        0.045 + 0.035 * i["skin_hue"], 0.5 - 0.22 * i["skin_tone"] + 0.1 * i["skin_hue"], 0.42 + 0.55 * i["skin_tone"]
+    )
+    hair = _hue(
+        0.02 + 0.11 * i["hair_hue"], 0.75 - 0.45 * i["hair_tone"] * i["hair_hue"], 0.08 + 0.8 * i["hair_tone"] ** 1.5
+    )
     iris = _hue(0.05 + 0.6 * i["iris_hue"], 0.65, 0.25 + 0.5 * i["iris_tone"])
     lips = _hue(0.97 + 0.04 * i["lip_hue"], 0.45 + 0.3 * i["lip_hue"], 0.55 + 0.35 * i["skin_tone"])
     yaw, pitch = p["yaw"], p["pitch"]
@@ -195,7 +210,9 @@ def _draw(identity: Array, pose: Array, background: Array, size: int) -> Array:
     # Ears, head with a jaw, light from one side.
     ear = 0.05 + 0.05 * i["ears"]
     for side in (-1.0, 1.0):
-        image = paint(image, skin * 0.9, inside(ellipse(side * w * jnp.cos(yaw) - 0.1 * yaw, jnp.float32(0.05), ear, ear * 1.6)))
+        image = paint(
+            image, skin * 0.9, inside(ellipse(side * w * jnp.cos(yaw) - 0.1 * yaw, jnp.float32(0.05), ear, ear * 1.6))
+        )
     taper = 1 - (0.34 - 0.28 * i["jaw"]) * jnp.clip(v / h, 0, 1) ** 2
     head_distance = (jnp.sqrt((u / (w * taper)) ** 2 + (v / h) ** 2 + 1e-6) - 1) * w
     head = inside(head_distance)
@@ -220,7 +237,9 @@ def _draw(identity: Array, pose: Array, background: Array, size: int) -> Array:
         image = paint(image, jnp.array([0.96, 0.96, 0.94]), white)
         gaze = ex + 0.03 * yaw
         image = paint(image, iris, white * inside(ellipse(gaze, ey, size_eye * 0.72, size_eye * 0.72)))
-        image = paint(image, jnp.array([0.04, 0.04, 0.05]), white * inside(ellipse(gaze, ey, size_eye * 0.34, size_eye * 0.34)))
+        image = paint(
+            image, jnp.array([0.04, 0.04, 0.05]), white * inside(ellipse(gaze, ey, size_eye * 0.34, size_eye * 0.34))
+        )
         brow_y = ey - 0.13 - 0.06 * i["brow_height"] - 0.05 * p["brow_raise"]
         tilt = side * (0.35 * i["brow_tilt"] - 0.12)
         brow = ellipse(ex, brow_y, size_eye * 1.6, 0.014 + 0.035 * i["brow_thickness"], tilt)
@@ -239,7 +258,9 @@ def _draw(identity: Array, pose: Array, background: Array, size: int) -> Array:
     mx, my, half = (lx + rx) / 2, (ly + ry) / 2, (rx - lx) / 2
     along = jnp.clip((u - mx) / half, -1, 1)
     curve = my + 0.05 * p["smile"] * (1 - along**2) * 1.6
-    thickness = (0.022 + 0.035 * i["lip_thickness"]) * jnp.sqrt(1.0001 - along**2) + 0.07 * p["mouth_open"] * (1 - along**2)
+    thickness = (0.022 + 0.035 * i["lip_thickness"]) * jnp.sqrt(1.0001 - along**2) + 0.07 * p["mouth_open"] * (
+        1 - along**2
+    )
     ends = jnp.abs(u - mx) - half
     image = paint(image, lips, inside(jnp.maximum(jnp.abs(v - curve) - thickness, ends)))
     opening = 0.085 * p["mouth_open"] * (1 - along**2) - 0.012

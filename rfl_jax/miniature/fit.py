@@ -1,18 +1,17 @@
 """The plain optimisation loop behind every pretrained network of the miniature."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from tqdm import trange
 
-Loss = Callable[[object, jax.Array], tuple[jax.Array, dict]]
+Loss = Callable[[Any, jax.Array], tuple[jax.Array, dict]]
 
 
-def fit(
-    loss: Loss, params: object, *, steps: int, learning_rate: float, seed: int, label: str, ema: float = 0.995
-) -> object:
+def fit(loss: Loss, params: Any, *, steps: int, learning_rate: float, seed: int, label: str, ema: float = 0.995) -> Any:
     """Minimises `loss(params, key) -> (value, figures to show)` with Adam and a cosine schedule.
 
     Returns:
@@ -22,7 +21,7 @@ def fit(
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
 
     @jax.jit
-    def step(params: object, average: object, state: object, key: jax.Array) -> tuple:
+    def step(params: Any, average: Any, state: Any, key: jax.Array) -> tuple:
         (value, figures), grads = jax.value_and_grad(loss, has_aux=True)(params, key)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)

@@ -69,7 +69,15 @@ def pairs(key: jax.Array, people: int, turn: float) -> tuple[jax.Array, jax.Arra
 
 
 def train_embedder(
-    cfg: IResNetConfig, file: Path, *, seed: int, steps: int, temperature: float, factors: bool, jitter: float, label: str
+    cfg: IResNetConfig,
+    file: Path,
+    *,
+    seed: int,
+    steps: int,
+    temperature: float,
+    factors: bool,
+    jitter: float,
+    label: str,
 ) -> None:
     """Contrastive training on people that never repeat, so that no identity is held in.
 
@@ -129,5 +137,3 @@ def train_judge(out: Path, seed: int, scale: float) -> None:
         cfg, out / JUDGE_FILE,
         seed=seed + 200, steps=int(450 * scale), temperature=0.15, factors=True, jitter=0.4, label="judge",
     )  # fmt: skip
-
-

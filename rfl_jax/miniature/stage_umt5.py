@@ -45,8 +45,14 @@ def train_umt5(out: Path, seed: int, scale: float) -> None:
         hidden = nnx.merge(graph, params).context(ids[rows], mask[rows])
         mean = hidden.sum(1) / mask[rows].sum(1, keepdims=True)
         log_p = [jax.nn.log_softmax(mean @ r) for r in readout]
-        value = -sum(jnp.mean(jnp.take_along_axis(p, targets[rows, i : i + 1], 1)) for i, p in enumerate(log_p))
+        chosen = [jnp.mean(jnp.take_along_axis(p, targets[rows, i : i + 1], 1)) for i, p in enumerate(log_p)]
+        value = -jnp.sum(jnp.stack(chosen))
         return value, {"size": jnp.sqrt(jnp.mean(hidden**2))}
 
     params, _ = fit(loss, (params, readout), steps=int(300 * scale), learning_rate=3e-3, seed=seed, label="umt5")
-    save_original(nnx.merge(graph, params), umt5_converter.NAMINGS["original"], out / "umt5" / T5_FILE, {"_class_name": "T5Encoder"})
+    save_original(
+        nnx.merge(graph, params),
+        umt5_converter.NAMINGS["original"],
+        out / "umt5" / T5_FILE,
+        {"_class_name": "T5Encoder"},
+    )

@@ -54,7 +54,9 @@ def train_vae(out: Path, seed: int, scale: float) -> None:
 
     params = fit(objective(1, 16), params, steps=int(1200 * scale), learning_rate=3e-3, seed=seed, label="vae: frames")
     params = jax.tree.map(lambda x: start_of_time(x) if is_causal(x) else x, params)
-    params = fit(objective(FRAMES, 2), params, steps=int(400 * scale), learning_rate=1.5e-3, seed=seed + 1, label="vae: clips")
+    params = fit(
+        objective(FRAMES, 2), params, steps=int(400 * scale), learning_rate=1.5e-3, seed=seed + 1, label="vae: clips"
+    )
 
     model = nnx.merge(graph, params)
     encode = jax.jit(lambda v: model.encode_moments(v)[0])

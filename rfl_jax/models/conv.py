@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -40,13 +41,13 @@ def conv3d(
 ) -> Float[Array, "b t_out h w c_out"]:
     """3-D convolution, zero padding that keeps h and w, none in time.
 
-    XLA's CPU backend runs 3-D convolutions several times slower than the same arithmetic as one 2-D convolution
-    per temporal tap, so it gets those; accelerators get the native operation.
+    XLA's CPU backend runs 3-D convolutions several times slower than the same arithmetic as 2-D ones, so there the
+    temporal taps become input channels of one 2-D convolution; accelerators get the native operation.
     """
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cpu=functools.partial(_conv3d_by_taps, temporal_stride=temporal_stride),
+        cpu=functools.partial(_conv3d_as_2d, temporal_stride=temporal_stride),
         default=functools.partial(_conv3d_native, temporal_stride=temporal_stride),
     )
 
@@ -62,17 +63,18 @@ def _conv3d_native(x: Array, kernel: Array, *, temporal_stride: int) -> Array:
     )
 
 
-def _conv3d_by_taps(x: Array, kernel: Array, *, temporal_stride: int) -> Array:
+def _conv3d_as_2d(x: Array, kernel: Array, *, temporal_stride: int) -> Array:
     taps, kh, kw = kernel.shape[:3]
     frames = (x.shape[1] - taps) // temporal_stride + 1
-    padding = ((kh // 2, kh // 2), (kw // 2, kw // 2))
     last = (frames - 1) * temporal_stride + 1
-
-    def tap(i: int) -> Array:
-        window = jax.lax.slice_in_dim(x, i, i + last, temporal_stride, axis=1)
-        return window @ kernel[i, 0, 0] if kh == kw == 1 else conv2d(window, kernel[i], padding=padding)
-
-    return functools.reduce(jnp.add, (tap(i) for i in range(taps)))
+    windows = [jax.lax.slice_in_dim(x, i, i + last, temporal_stride, axis=1) for i in range(taps)]
+    stacked = jnp.concatenate(windows, -1)
+    flat = rearrange(kernel, "t h w i o -> h w (t i) o")
+    return (
+        stacked @ flat[0, 0]
+        if kh == kw == 1
+        else conv2d(stacked, flat, padding=((kh // 2, kh // 2), (kw // 2, kw // 2)))
+    )
 
 
 class SquareConv(nnx.Module):
@@ -88,7 +90,7 @@ class SquareConv(nnx.Module):
         groups: int = 1,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.dtype = dtype
         self.stride = stride
         self.groups = groups
@@ -97,12 +99,12 @@ class SquareConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(c_out))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        side = (self.kernel.shape[0] // 2,) * 2
+        half = self.kernel.shape[0] // 2
         y = conv2d(
             x.astype(self.dtype),
             self.kernel[...].astype(self.dtype),
             stride=self.stride,
-            padding=(side, side),
+            padding=((half, half), (half, half)),
             groups=self.groups,
         )
         return y + self.bias[...].astype(self.dtype)

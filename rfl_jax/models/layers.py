@@ -33,12 +33,12 @@ class Linear(nnx.Module):
         stack: Stack = (),
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.dtype = dtype
         self.kernel = nnx.Param(lecun_normal(rngs, (*stack, d_in, d_out), d_in))
         self.bias = nnx.Param(jnp.zeros((*stack, d_out))) if bias else None
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.lora_a: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "*b d_in"]) -> Float[Array, "*b d_out"]:
@@ -55,7 +55,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in float32, with a scale."""
 
-    def __init__(self, dim: int, *, eps: float, stack: Stack = (), rngs: nnx.Rngs):
+    def __init__(self, dim: int, *, eps: float, stack: Stack = (), rngs: nnx.Rngs) -> None:
         del rngs
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((*stack, dim)))
@@ -78,7 +78,7 @@ def layer_norm(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
 class LayerNorm(nnx.Module):
     """Layer norm with scale and bias, in float32."""
 
-    def __init__(self, dim: int, *, eps: float, stack: Stack = (), rngs: nnx.Rngs):
+    def __init__(self, dim: int, *, eps: float, stack: Stack = (), rngs: nnx.Rngs) -> None:
         del rngs
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((*stack, dim)))

@@ -27,9 +27,7 @@ def targeted(model: nnx.Module, targets: Sequence[str]) -> dict[str, Linear]:
     return layers
 
 
-def add_lora(
-    model: M, *, rank: int, targets: Sequence[str], key: Array, alpha: float | None = None
-) -> M:
+def add_lora(model: M, *, rank: int, targets: Sequence[str], key: Array, alpha: float | None = None) -> M:
     """Adds adapters W + (alpha / rank) B A in place, float32, as peft initialises them: A uniform, B zero.
 
     Args:

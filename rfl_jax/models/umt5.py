@@ -47,7 +47,7 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, cfg: UMT5Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: UMT5Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         stack = (cfg.num_layers,)
         self.num_heads = cfg.num_heads
         self.q = Linear(cfg.dim, cfg.dim_attn, bias=False, stack=stack, dtype=dtype, rngs=rngs)
@@ -66,7 +66,7 @@ class SelfAttention(nnx.Module):
 class Block(nnx.Module):
     """One layer; as constructed it holds the weights of all layers, stacked on axis 0."""
 
-    def __init__(self, cfg: UMT5Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: UMT5Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         stack = (cfg.num_layers,)
         self.norm1 = RMSNorm(cfg.dim, eps=cfg.eps, stack=stack, rngs=rngs)
         self.attn = SelfAttention(cfg, dtype=dtype, rngs=rngs)
@@ -96,7 +96,7 @@ class UMT5Encoder(nnx.Module):
         dtype: compute dtype of the matrix products and of the residual stream; norms and softmax use float32.
     """
 
-    def __init__(self, cfg: UMT5Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, cfg: UMT5Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.cfg = cfg
         self.dtype = dtype
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (cfg.vocab, cfg.dim)))

@@ -37,7 +37,7 @@ class IResNetConfig:
 class Affine(nnx.Module):
     """A scale and a bias per channel: a batch norm with fixed statistics."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int) -> None:
         self.scale = nnx.Param(jnp.ones(dim))
         self.bias = nnx.Param(jnp.zeros(dim))
 
@@ -46,7 +46,7 @@ class Affine(nnx.Module):
 
 
 class PReLU(nnx.Module):
-    def __init__(self, dim: int):
+    def __init__(self, dim: int) -> None:
         self.slope = nnx.Param(jnp.full(dim, 0.25))
 
     def __call__(self, x: Array) -> Array:
@@ -54,7 +54,7 @@ class PReLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, c_in: int, c_out: int, *, stride: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, c_out: int, *, stride: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.norm = Affine(c_in)
         self.conv1 = SquareConv(c_in, c_out, 3, dtype=dtype, rngs=rngs)
         self.prelu = PReLU(c_out)
@@ -71,7 +71,7 @@ class Block(nnx.Module):
 class IResNet(nnx.Module):
     """Aligned face crops to embeddings (not normalised)."""
 
-    def __init__(self, cfg: IResNetConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, cfg: IResNetConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.cfg = cfg
         self.conv1 = SquareConv(3, cfg.stem, 3, dtype=dtype, rngs=rngs)
         self.prelu = PReLU(cfg.stem)

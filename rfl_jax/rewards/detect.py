@@ -8,6 +8,7 @@ Two forms of the same pipeline, told apart by `compat`:
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def _resize_8bit(images: Float[Array, "b h w 3"], height: int, width: int) -> Fl
     y0, y1, c, d = _taps(x.shape[1], height)
     upper = (c[:, None, None] * (rows[:, y0] >> 4)) >> 16
     lower = (d[:, None, None] * (rows[:, y1] >> 4)) >> 16
-    return ((upper + lower + 2) >> 2).astype(jnp.float32)
+    return jnp.asarray((upper + lower + 2) >> 2, jnp.float32)
 
 
 def letterbox(images: Float[Array, "b h w 3"], size: int, compat: str) -> tuple[Float[Array, "b s s 3"], float]:
@@ -165,7 +166,7 @@ def detect(
     kept, count = jax.vmap(lambda b, s: _suppress(b, s, OVERLAP_THRESHOLD, plus, most))(boxes, raw.scores)
     valid = jnp.arange(most) < count[:, None]
 
-    def pick(x: Array) -> Array:
+    def pick(x: Any) -> Array:
         chosen = jax.vmap(lambda row, index: row[index])(x, kept)
         return jnp.where(valid.reshape(*valid.shape, *[1] * (chosen.ndim - 2)), chosen, 0)
 

@@ -95,7 +95,7 @@ def reward_loss(score: Array) -> Array:
 class FaceReward(nnx.Module):
     """Detector and embedder with the rule that compares faces. Differentiable in the pixels, not through detection."""
 
-    def __init__(self, detector: SCRFD, embedder: IResNet, cfg: RewardConfig):
+    def __init__(self, detector: SCRFD, embedder: IResNet, cfg: RewardConfig) -> None:
         self.detector = detector
         self.embedder = embedder
         self.cfg = cfg

@@ -89,7 +89,7 @@ jax.tree_util.register_dataclass(Detections, ["scores", "boxes", "kps"], [])
 class GroupNorm(nnx.Module):
     """Group norm over space and the channels of each group, in float32, epsilon as exported by PyTorch."""
 
-    def __init__(self, dim: int, groups: int):
+    def __init__(self, dim: int, groups: int) -> None:
         self.groups = groups
         self.scale = nnx.Param(jnp.ones(dim))
         self.bias = nnx.Param(jnp.zeros(dim))
@@ -103,7 +103,7 @@ class GroupNorm(nnx.Module):
 
 
 class ConvReLU(nnx.Module):
-    def __init__(self, c_in: int, spec: ConvSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, spec: ConvSpec, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.conv = SquareConv(
             c_in, spec.width, spec.kernel, stride=spec.stride, groups=spec.groups, dtype=dtype, rngs=rngs
         )
@@ -115,16 +115,17 @@ class ConvReLU(nnx.Module):
 
 
 class MaxPool(nnx.Module):
-    def __init__(self, spec: PoolSpec):
+    def __init__(self, spec: PoolSpec) -> None:
         self.spec = spec
 
     def __call__(self, x: Array) -> Array:
         k, s, p = self.spec.kernel, self.spec.stride, self.spec.padding
-        return nnx.max_pool(x, (k, k), (s, s), ((p, p), (p, p)))
+        window, strides, padding = (1, k, k, 1), (1, s, s, 1), ((0, 0), (p, p), (p, p), (0, 0))
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
 
 
 class BasicBlock(nnx.Module):
-    def __init__(self, c_in: int, spec: BlockSpec, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, spec: BlockSpec, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.stride = spec.stride
         self.conv1 = SquareConv(c_in, spec.width, 3, stride=spec.stride, dtype=dtype, rngs=rngs)
         self.conv2 = SquareConv(spec.width, spec.width, 3, dtype=dtype, rngs=rngs)
@@ -141,7 +142,7 @@ class BasicBlock(nnx.Module):
 
 
 class Head(nnx.Module):
-    def __init__(self, cfg: SCRFDConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: SCRFDConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         widths = [cfg.neck, *(spec.width for spec in cfg.tower)]
         self.tower = nnx.List(
             ConvReLU(c, spec, dtype=dtype, rngs=rngs) for c, spec in zip(widths, cfg.tower, strict=False)
@@ -166,7 +167,7 @@ class Head(nnx.Module):
 class SCRFD(nnx.Module):
     """Face detector. The input's height and width are multiples of 32."""
 
-    def __init__(self, cfg: SCRFDConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, cfg: SCRFDConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.cfg = cfg
         layers, widths, c = [], [], 3
         for spec in cfg.backbone:
@@ -218,7 +219,9 @@ def family(base: str) -> SCRFDConfig:
     return _FAMILY[base]
 
 
-def resnet(stem: tuple[int, ...], widths: tuple[int, ...], blocks: tuple[int, ...], neck: int, tower: tuple[ConvSpec, ...]) -> SCRFDConfig:
+def resnet(
+    stem: tuple[int, ...], widths: tuple[int, ...], blocks: tuple[int, ...], neck: int, tower: tuple[ConvSpec, ...]
+) -> SCRFDConfig:
     """A ResNet backbone: three stem convolutions, max pooling, four stages of basic blocks."""
     layers: list[ConvSpec | PoolSpec | BlockSpec] = [ConvSpec(w, stride=1 if i else 2) for i, w in enumerate(stem)]
     layers.append(PoolSpec(2, 2, 0))

@@ -19,7 +19,7 @@ class Checkpoints:
         keep: how many of the latest to keep.
     """
 
-    def __init__(self, directory: epath.Path, *, keep: int = 3):
+    def __init__(self, directory: epath.Path, *, keep: int = 3) -> None:
         self._directory = directory
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
@@ -56,7 +56,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             line = (str(error).splitlines() or [""])[0][:200]
             raise UserError(f"{self._directory}/{step}: does not fit this configuration ({line})") from None
-        return found.state, found.key, found.data
+        return found["state"], found["key"], found["data"]
 
     def close(self) -> None:
         self._manager.wait_until_finished()

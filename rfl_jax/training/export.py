@@ -15,7 +15,12 @@ def export_adapters(run: Setup, state: TrainState, workdir: epath.Path) -> list[
     files = []
     for name in run.networks.adapted:
         arrays = {k: np.asarray(v) for k, v in flat_arrays(state.params[name]).items()}
-        metadata = {"base_model": run.cfg.preset, "network": name, "rank": str(run.cfg.lora_rank), "alpha": str(run.cfg.lora_rank)}
+        metadata = {
+            "base_model": run.cfg.preset,
+            "network": name,
+            "rank": str(run.cfg.lora_rank),
+            "alpha": str(run.cfg.lora_rank),
+        }
         file = workdir / f"{name}_lora.safetensors"
         aside = file.with_name(f".{file.name}.tmp")
         aside.write_bytes(save(lora.names(arrays), metadata))

@@ -4,6 +4,7 @@ import signal
 import time
 from types import FrameType
 
+import grain
 import jax
 import numpy as np
 from etils import epath
@@ -55,18 +56,16 @@ def train(run: Setup, workdir: epath.Path) -> tuple[TrainState, bool]:
     try:
         while step < run.steps and not stop.asked:
             begin = time.perf_counter()
-            collected = []
-            for _ in range(run.updates_per_step):
-                batch = run.place(next(iterator))
+            collected, flops = [], 0.0
+            for samples in itertools.islice(iterator, run.updates_per_step):
+                batch = run.place(samples)
                 state, figures = run.step(state, run.frozen, batch, key)
                 collected.append(figures)
+                flops += model_flops(cfg, run.sampler, samples["y"].shape[1:4], samples["y"].shape[0])
             means = {name: float(np.mean([float(f[name]) for f in collected])) for name in FIGURES}
             seconds = time.perf_counter() - begin
             step += 1
-            mfu = None
-            if peak is not None:
-                flops = model_flops(cfg, run.sampler, (*batch["y"].shape[2:5], 0), cfg.train_batch_size)
-                mfu = flops / seconds / peak
+            mfu = flops * jax.process_count() / seconds / peak if peak else None
             metrics.write({"step": step, **means, "step_time_s": seconds, "mfu": mfu})
             if cfg.sample_every and (step % cfg.sample_every == 0 or step in (1, run.steps)):
                 write_video(workdir / "samples" / f"step_{step:06d}.mp4", np.asarray(collected[-1]["video"]))
@@ -82,7 +81,7 @@ def train(run: Setup, workdir: epath.Path) -> tuple[TrainState, bool]:
     return state, step == run.steps
 
 
-def _resume(run: Setup, checkpoints: Checkpoints) -> tuple[TrainState, jax.Array, object, int]:
+def _resume(run: Setup, checkpoints: Checkpoints) -> tuple[TrainState, jax.Array, grain.DatasetIterator, int]:
     """State, key, data and steps done: of the workdir's last checkpoint, else of the run that
     `resume_from_checkpoint` names, else the beginning.
     """

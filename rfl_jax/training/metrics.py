@@ -39,7 +39,7 @@ class Metrics:
         every: how often a line is shown.
     """
 
-    def __init__(self, workdir: epath.Path, *, start: int, total: int, every: int):
+    def __init__(self, workdir: epath.Path, *, start: int, total: int, every: int) -> None:
         self._file = workdir / "metrics.jsonl"
         self._lines = []
         if self._file.exists():

@@ -65,9 +65,7 @@ class Setup:
         """The data, one optimizer update's samples of this process at a time."""
         cfg = self.cfg
         samples = cfg.per_device_train_batch_size * batch_shards(self.mesh) * cfg.gradient_accumulation_steps
-        return make_iterator(
-            self.prepared, self.batch_names, batch=samples // jax.process_count(), seed=cfg.seed
-        )
+        return make_iterator(self.prepared, self.batch_names, batch=samples // jax.process_count(), seed=cfg.seed)
 
     def place(self, samples: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """A batch on the mesh: micro-batches first, samples spread over devices."""
@@ -109,7 +107,7 @@ def load_networks(cfg: Config, sources: Sources) -> tuple[DiTConfig, Networks, S
     networks, params, frozen = split_networks(
         cfg,
         dits=dits,
-        vae=store.open_component("vae", sources.vae, weights_dtype=vae_dtype, dtype=dtype),
+        vae=store.open_component("vae", sources.vae, weights_dtype=vae_dtype, dtype=dtype, remat=cfg.policy != "none"),
         reward=open_reward(cfg, sources.reward),
         text_encoder=open_text_encoder(cfg, sources) if "text_encoder" in cfg.trained else None,
     )
@@ -181,7 +179,11 @@ def place_state(params: States, tx: Any, mesh: Mesh) -> tuple[TrainState, TrainS
 
     def like_params(subtree: Any) -> Any:
         # A moment tree has the structure of the weights and takes their places.
-        return places if jax.tree.structure(subtree) == jax.tree.structure(params) else jax.tree.map(lambda _: whole, subtree)
+        return (
+            places
+            if jax.tree.structure(subtree) == jax.tree.structure(params)
+            else jax.tree.map(lambda _: whole, subtree)
+        )
 
     is_moments = lambda x: jax.tree.structure(x) == jax.tree.structure(params)  # noqa: E731
     opt_places = jax.tree.map(like_params, abstract.opt_state, is_leaf=is_moments)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import Array
 
 from rfl_jax.config import Config
 from rfl_jax.models.lora import add_lora
@@ -30,7 +29,7 @@ class TrainState:
         opt_state: optimizer state of `params`.
     """
 
-    step: Array
+    step: Any
     params: States
     opt_state: Any
 

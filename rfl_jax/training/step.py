@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,6 @@ def make_sampler(cfg: Config, dit: DiTConfig) -> Sampler:
     Raises:
         UserError: a trained DiT that no step with gradient uses.
     """
-
     levels = sigmas(cfg.num_inference_steps, cfg.sampling.shift)
     boundary = None if dit.boundary is None else cfg.min_timestep_boundary
     above = int(np.sum(levels[:-1] > np.float32(cfg.max_timestep_boundary)))
@@ -115,7 +114,8 @@ def bind_experts(
             v = one(x, t, context)
             if sampler.guidance == 1.0:
                 return v
-            away = one(x, t, jnp.broadcast_to(batch["negative_context"], context.shape))
+            shape = (x.shape[0], *batch["negative_context"].shape[1:])
+            away = one(x, t, jnp.broadcast_to(batch["negative_context"], shape))
             return away + sampler.guidance * (v - away)
 
         return guided
@@ -188,7 +188,7 @@ def make_step(
         count = figures["loss"].shape[0]
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(States, optax.apply_updates(state.params, updates))
         metrics = {
             "loss": jnp.mean(figures["loss"]),
             "face_score": jnp.sum(figures["score_sum"]) / jnp.maximum(jnp.sum(figures["score_count"]), 1),
@@ -211,11 +211,17 @@ def dit_forward_flops(cfg: DiTConfig, tokens: int) -> float:
     return float(cfg.num_layers * (self_attention + cross_attention + 4 * n * d * cfg.ffn_dim))
 
 
-def model_flops(cfg: Config, sampler: Sampler, shape: tuple[int, ...], samples: int) -> float:
+def model_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: int) -> float:
     """Operations that one update needs of the transformers, recomputation not counted: a forward pass a step without
     gradient; with it, one more for the reference and two for the backward pass.
+
+    Args:
+        cfg: what trains.
+        sampler: the steps.
+        latents: frames, rows and columns of one sample.
+        samples: in one update.
     """
-    tokens = int(np.prod(shape[:3])) // int(np.prod(sampler.dit.patch_size))
+    tokens = int(np.prod(latents)) // int(np.prod(sampler.dit.patch_size))
     passes = sum(
         (phase.stop - phase.start) * ((3 + (phase.expert in cfg.trained)) if phase.gradient else 1)
         for phase in sampler.phases

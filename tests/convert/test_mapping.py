@@ -26,7 +26,9 @@ MANIFESTS = {
 @pytest.mark.parametrize("variant", ["original", "converted"])
 def test_full_size_manifests_match(name, variant):
     component = MANIFESTS[name]
-    file = next(f for f in ROOT.glob(f"manifests/{name}_*.json") if f.stem.endswith("original") == (variant == "original"))
+    file = next(
+        f for f in ROOT.glob(f"manifests/{name}_*.json") if f.stem.endswith("original") == (variant == "original")
+    )
     shapes = {k: tuple(v) for k, v in json.loads(file.read_text())["shapes"].items()}
     rules = component.namings[component.naming(shapes)]
     cfg = component.infer_config(shapes, {})
@@ -38,12 +40,14 @@ def test_full_size_manifests_match(name, variant):
     for key in list(shapes):
         short = {k: v for k, v in shapes.items() if k != key}
         if key not in aliases and len(short) < 300:
-            with pytest.raises(UserError, match="missing|unexpected|expected"):
+            with pytest.raises(UserError, match=r"missing|unexpected|expected"):
                 plan(rules, short, target, what=name)
 
 
 def random_dit(**sizes):
-    cfg = dit.DiTConfig(in_dim=8, out_dim=4, dim=16, ffn_dim=24, num_heads=2, num_layers=2, freq_dim=8, text_dim=6, text_len=4, **sizes)
+    cfg = dit.DiTConfig(
+        in_dim=8, out_dim=4, dim=16, ffn_dim=24, num_heads=2, num_layers=2, freq_dim=8, text_dim=6, text_len=4, **sizes
+    )
     return nnx.state(dit.build(cfg)), flat_shapes(dit.build(cfg))
 
 
@@ -67,5 +71,6 @@ def test_all_problems_are_named_at_once():
     with pytest.raises(UserError) as error:
         plan(dit.NAMINGS["original"], shapes, target, what="DiT")
     message = str(error.value)
-    assert "extra.weight" in message and "head.head.bias" in message
+    assert "extra.weight" in message
+    assert "head.head.bias" in message
     assert "blocks.ffn.up.bias of layer 1" in message

@@ -17,7 +17,9 @@ from tests.golden import case, channels_last, needs_golden, relative
 @pytest.mark.parametrize("name", ["dit_i2v", "dit_ti2v"])
 def test_velocity_and_gradients(name):
     folder, config, io = case(name)
-    model = dit.load(folder / "weights.safetensors", num_heads=config["model"]["num_heads"], text_len=config["model"]["text_len"])
+    model = dit.load(
+        folder / "weights.safetensors", num_heads=config["model"]["num_heads"], text_len=config["model"]["text_len"]
+    )
     graph, params = nnx.split(model)
     x, c = channels_last(io["in.x"]), channels_last(io["in.c"])
     y = channels_last(io["in.y"]) if "in.y" in io else np.zeros((*x.shape[:-1], 0), np.float32)

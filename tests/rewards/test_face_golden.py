@@ -55,8 +55,12 @@ def test_detection_and_crops(expected, model, variant, image):
             if index is not None:
                 rows = start + index.reshape(-1)
                 error = 1e-3 if compat == "insightface" else 1e-4
-                np.testing.assert_allclose(raw.scores[0][rows], want(f"{compat}.raw.stride{stride}.score").reshape(-1), atol=error)
-                np.testing.assert_allclose(raw.boxes[0][rows], want(f"{compat}.raw.stride{stride}.box"), atol=20 * error)
+                np.testing.assert_allclose(
+                    raw.scores[0][rows], want(f"{compat}.raw.stride{stride}.score").reshape(-1), atol=error
+                )
+                np.testing.assert_allclose(
+                    raw.boxes[0][rows], want(f"{compat}.raw.stride{stride}.box"), atol=20 * error
+                )
             start += (size // stride) ** 2 * 2
         faces = detect(detector, x, size=size, compat=compat)
         det, kps = want(f"{compat}.det"), want(f"{compat}.kps")
@@ -84,7 +88,8 @@ def test_detection_and_crops(expected, model, variant, image):
             crops = np.asarray(align((images + 1) * 127.5, matrices))
             # OpenCV's 8-bit warp rounds positions to 1/32 pixel.
             error = np.abs(crops - want("insightface.crop_rgb_u8"))
-            assert error.mean() < 0.6 and np.quantile(error, 0.999) < 12
+            assert error.mean() < 0.6
+            assert np.quantile(error, 0.999) < 12
 
 
 @pytest.mark.parametrize("variant", ["folded", "unfolded"])
@@ -118,7 +123,9 @@ def test_whole_reward(order):
     io = load_file(ROOT / "reward" / "full.safetensors")
     cfg = RewardConfig(compat="roll", channel_order="rgb" if order == "rgb" else "bgr")
     reward = FaceReward(
-        scrfd.load(ROOT / "face" / "models" / "det_500m.onnx"), arcface.load(ROOT / "arcface" / "model_folded.onnx"), cfg
+        scrfd.load(ROOT / "face" / "models" / "det_500m.onnx"),
+        arcface.load(ROOT / "arcface" / "model_folded.onnx"),
+        cfg,
     )
     generated, truth = (
         io[f"full.in.{n}_frames_u8"].transpose(0, 2, 3, 1).astype(np.float32) / 127.5 - 1

@@ -45,7 +45,12 @@ def test_latents_kl_and_adapter_gradients():
     low = dit.load(folder / "weights_dit2.safetensors", **hints)
     adapters = lora.read(folder / "weights_lora.safetensors", low)
     base_graph, base = nnx.split(low)
-    tuned = add_lora(nnx.merge(base_graph, base), rank=config["lora"]["rank"], targets=config["lora"]["targets"], key=jax.random.key(0))
+    tuned = add_lora(
+        nnx.merge(base_graph, base),
+        rank=config["lora"]["rank"],
+        targets=config["lora"]["targets"],
+        key=jax.random.key(0),
+    )
     graph, trainable, frozen = nnx.split(set_lora(tuned, adapters), nnx.LoRAParam, ...)
 
     y, context = channels_last(io["in.y"]), io["in.context"]
@@ -86,7 +91,10 @@ def test_latents_kl_and_adapter_gradients():
     target = {".".join(map(str, k)): v.shape for k, v in nnx.to_flat_state(trainable)}
     assignments = plan(lora.RULES, shapes, target, what="adapters")
     for term, weight in (("inner_product", (1, 0)), ("kl", (0, 1)), ("total", (1, 1))):
-        got = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(grad(trainable, jnp.array(weight, jnp.float32))[0])}
+        got = {
+            ".".join(map(str, k)): v[...]
+            for k, v in nnx.to_flat_state(grad(trainable, jnp.array(weight, jnp.float32))[0])
+        }
         want = fill(assignments, target, lambda key, term=term: io[f"grad.{term}.{key}"])
         for name in want:
             assert relative(got[name], want[name]) < 1e-3, (term, name)

@@ -27,7 +27,7 @@ def timestep_embedding(t: Float[Array, "*b"], dim: int) -> Float[Array, "*b dim"
 class Attention(nnx.Module):
     """Self- or cross-attention with RMS-normed queries and keys."""
 
-    def __init__(self, cfg: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         stack = (cfg.num_layers,)
         self.num_heads = cfg.num_heads
         self.q = Linear(cfg.dim, cfg.dim, stack=stack, dtype=dtype, rngs=rngs)
@@ -56,7 +56,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, cfg: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         stack = (cfg.num_layers,)
         self.up = Linear(cfg.dim, cfg.ffn_dim, stack=stack, dtype=dtype, rngs=rngs)
         self.down = Linear(cfg.ffn_dim, cfg.dim, stack=stack, dtype=dtype, rngs=rngs)
@@ -68,7 +68,7 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """One layer; as constructed it holds the weights of all layers, stacked on axis 0."""
 
-    def __init__(self, cfg: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         stack = (cfg.num_layers,)
         self.eps = cfg.eps
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (*stack, 6, cfg.dim)) * cfg.dim**-0.5)
@@ -111,7 +111,7 @@ class DiT(nnx.Module):
 
     def __init__(
         self, cfg: DiTConfig, *, dtype: DTypeLike = jnp.float32, remat_policy: str = "full", rngs: nnx.Rngs
-    ):
+    ) -> None:
         self.cfg = cfg
         self.dtype = dtype
         self.remat_policy = remat_policy

@@ -32,7 +32,10 @@ def rope_freqs(grid: tuple[int, int, int], head_dim: int) -> tuple[Float[Array, 
         shape[axis] = length
         angles.append(table.reshape(shape))
     # The tables are tiny; the grid is laid out by the compiler so that no large constant enters the program.
-    parts = [[jnp.broadcast_to(jnp.asarray(f(a), jnp.float32), (*grid, a.shape[-1])) for a in angles] for f in (np.cos, np.sin)]
+    parts = [
+        [jnp.broadcast_to(jnp.asarray(f(a), jnp.float32), (*grid, a.shape[-1])) for a in angles]
+        for f in (np.cos, np.sin)
+    ]
     cos, sin = (rearrange(jnp.concatenate(p, -1), "t h w d -> (t h w) d") for p in parts)
     return cos, sin
 

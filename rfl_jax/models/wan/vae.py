@@ -8,6 +8,7 @@ Every layer is written once and runs in two ways, told apart by the `Clock` it i
   last place, behind three junk frames that every convolution sees as zeros; the caller drops them from a decoded clip.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -18,9 +19,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from rfl_jax.models.conv import conv2d, conv3d
 from rfl_jax.models.layers import Linear, lecun_normal
 from rfl_jax.models.wan.config import VAEConfig
-from rfl_jax.models.conv import conv2d, conv3d
 
 Video = Float[Array, "b t h w c"]
 
@@ -83,7 +84,7 @@ class Chunk:
         caches: the past of each convolution in the order of use; None starts with zeros.
     """
 
-    def __init__(self, first: Array, caches: Sequence[Array] | None):
+    def __init__(self, first: Array, caches: Sequence[Array] | None) -> None:
         self._first = first
         self._past = iter(caches) if caches is not None else None
         self.caches: list[Array] = []
@@ -122,7 +123,7 @@ class CausalConv(nnx.Module):
 
     def __init__(
         self, c_in: int, c_out: int, kernel: tuple[int, int, int], *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    ) -> None:
         self.dtype = dtype
         self.stride = stride
         self.kernel = nnx.Param(lecun_normal(rngs, (*kernel, c_in, c_out), kernel[0] * kernel[1] * kernel[2] * c_in))
@@ -140,7 +141,7 @@ class CausalConv(nnx.Module):
 class Conv2D(nnx.Module):
     """3x3 convolution of every frame."""
 
-    def __init__(self, c_in: int, c_out: int, *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, c_out: int, *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.dtype = dtype
         self.stride = stride
         self.kernel = nnx.Param(lecun_normal(rngs, (3, 3, c_in, c_out), 9 * c_in))
@@ -148,16 +149,14 @@ class Conv2D(nnx.Module):
 
     def __call__(self, x: Video) -> Video:
         side = (0, 1) if self.stride == 2 else (1, 1)
-        y = conv2d(
-            x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride, padding=(side, side)
-        )
+        y = conv2d(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride, padding=(side, side))
         return y + self.bias[...].astype(self.dtype)
 
 
 class ChannelNorm(nnx.Module):
     """L2-normalised channels times sqrt(c) and a scale (the reference's RMS_norm), in float32."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int) -> None:
         self.scale = nnx.Param(jnp.ones(dim))
 
     def __call__(self, x: Array) -> Array:
@@ -168,7 +167,7 @@ class ChannelNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, c_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.norm1 = ChannelNorm(c_in)
         self.conv1 = CausalConv(c_in, c_out, (3, 3, 3), dtype=dtype, rngs=rngs)
         self.norm2 = ChannelNorm(c_out)
@@ -184,7 +183,7 @@ class ResidualBlock(nnx.Module):
 class FrameAttention(nnx.Module):
     """Single-head self-attention among the positions of each frame."""
 
-    def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.norm = ChannelNorm(dim)
         self.qkv = Linear(dim, 3 * dim, dtype=dtype, rngs=rngs)
         self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
@@ -197,7 +196,7 @@ class FrameAttention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    def __init__(self, dim: int, *, temporal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, dim: int, *, temporal: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.conv = Conv2D(dim, dim, stride=2, dtype=dtype, rngs=rngs)
         self.time_conv = CausalConv(dim, dim, (3, 1, 1), stride=2, dtype=dtype, rngs=rngs) if temporal else None
 
@@ -207,7 +206,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    def __init__(self, c_in: int, c_out: int, *, temporal: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, c_out: int, *, temporal: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.time_conv = CausalConv(c_in, 2 * c_in, (3, 1, 1), dtype=dtype, rngs=rngs) if temporal else None
         self.conv = Conv2D(c_in, c_out, dtype=dtype, rngs=rngs)
 
@@ -236,14 +235,12 @@ class DownStage(nnx.Module):
 
     def __init__(
         self, c_in: int, c_out: int, cfg: VAEConfig, *, down: bool, temporal: bool, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    ) -> None:
         self.c_out = c_out
         self.factors = (2 if temporal else 1, 2 if down else 1)
         self.shortcut = cfg.version == "2.2"
         widths = [c_in] + [c_out] * cfg.num_res_blocks
-        self.blocks = nnx.List(
-            ResidualBlock(a, b, dtype=dtype, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.blocks = nnx.List(ResidualBlock(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths))
         self.resample = Downsample(c_out, temporal=temporal, dtype=dtype, rngs=rngs) if down else None
 
     def __call__(self, x: Video, clock: Clock) -> Video:
@@ -262,14 +259,12 @@ class UpStage(nnx.Module):
 
     def __init__(
         self, c_in: int, c_out: int, cfg: VAEConfig, *, up: bool, temporal: bool, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    ) -> None:
         self.c_out = c_out
         self.factors = (2 if temporal else 1, 2)
         self.shortcut = cfg.version == "2.2" and up
         widths = [c_in] + [c_out] * (cfg.num_res_blocks + 1)
-        self.blocks = nnx.List(
-            ResidualBlock(a, b, dtype=dtype, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.blocks = nnx.List(ResidualBlock(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths))
         # Wan2.1 halves the width while upsampling, Wan2.2 in the next stage's first block.
         up_out = c_out if cfg.version == "2.2" else c_out // 2
         self.resample = Upsample(c_out, up_out, temporal=temporal, dtype=dtype, rngs=rngs) if up else None
@@ -286,7 +281,7 @@ class UpStage(nnx.Module):
 
 
 class Middle(nnx.Module):
-    def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.block1 = ResidualBlock(dim, dim, dtype=dtype, rngs=rngs)
         self.attention = FrameAttention(dim, dtype=dtype, rngs=rngs)
         self.block2 = ResidualBlock(dim, dim, dtype=dtype, rngs=rngs)
@@ -296,7 +291,7 @@ class Middle(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, cfg: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
         last = len(cfg.dim_mult) - 1
         self.conv_in = CausalConv(3 * cfg.patch**2, widths[0], (3, 3, 3), dtype=dtype, rngs=rngs)
@@ -320,7 +315,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, cfg: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         widths = [cfg.decoder_dim * m for m in (cfg.dim_mult[-1], *reversed(cfg.dim_mult))]
         temporal = tuple(reversed(cfg.temporal_downsample))
         last = len(cfg.dim_mult) - 1
@@ -350,10 +345,12 @@ class VAE(nnx.Module):
     Args:
         cfg: sizes and latent statistics.
         dtype: compute dtype of the convolutions; norms and outputs are float32.
+        remat: recompute each latent frame's activations in the backward pass instead of keeping them.
     """
 
-    def __init__(self, cfg: VAEConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, cfg: VAEConfig, *, dtype: DTypeLike = jnp.float32, remat: bool = True, rngs: nnx.Rngs) -> None:
         self.cfg = cfg
+        self.remat = remat
         self.encoder = Encoder(cfg, dtype=dtype, rngs=rngs)
         self.quant = Linear(2 * cfg.z_dim, 2 * cfg.z_dim, dtype=dtype, rngs=rngs)
         self.post_quant = Linear(cfg.z_dim, cfg.z_dim, dtype=dtype, rngs=rngs)
@@ -393,7 +390,7 @@ class VAE(nnx.Module):
         return self.encode(video)
 
     def decode(self, latents: Video) -> Video:
-        """Video of normalised latents, one latent frame at a time, each rematerialised in the backward pass.
+        """Video of normalised latents, one latent frame at a time, each rematerialised in the backward pass if `remat`.
 
         Args:
             latents: [b, n+1, h, w, z].
@@ -417,14 +414,13 @@ class VAE(nnx.Module):
             out = nnx.merge(graph, weights)(chunk, clock)
             return clock.caches, out
 
-        @jax.checkpoint
         def step(caches: list[Array], x: tuple[Array, Array]) -> tuple[list[Array], Array]:
             return run(*x, caches)
 
         shapes, _ = jax.eval_shape(lambda c: run(c, jnp.bool_(True), None), chunks[0])
         caches = [jnp.zeros(s.shape, s.dtype) for s in shapes]
         first = jnp.arange(chunks.shape[0]) == 0
-        return jax.lax.scan(step, caches, (chunks, first))[1]
+        return jax.lax.scan(jax.checkpoint(step) if self.remat else step, caches, (chunks, first))[1]
 
     def _statistics(self) -> tuple[Array, Array]:
         return jnp.asarray(self.cfg.latent_mean, jnp.float32), jnp.asarray(self.cfg.latent_std, jnp.float32)
