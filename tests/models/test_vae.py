@@ -1,0 +1,89 @@
+"""Both autoencoders against diffusers on small random models, and chunks against the whole clip."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from convert import vae
+from convert.mapping import unfill
+from rfl_jax.models.wan.conditioning import first_frame_condition
+from rfl_jax.models.wan.config import VAE_PRESETS, VAEConfig
+from rfl_jax.models.wan.vae import VAE
+from rfl_jax.models.weights import get_arrays, set_arrays
+from tests.golden import relative
+
+CONFIGS = {
+    "2.1": VAEConfig("2.1", 4, 4, 16, VAE_PRESETS["wan2_1"].latent_mean, VAE_PRESETS["wan2_1"].latent_std),
+    "2.2": VAEConfig("2.2", 4, 6, 48, VAE_PRESETS["wan2_2"].latent_mean, VAE_PRESETS["wan2_2"].latent_std),
+}
+
+
+def random_vae(version):
+    model = VAE(CONFIGS[version], rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    return set_arrays(model, {k: v + 0.05 * rng.normal(size=v.shape).astype(np.float32) for k, v in get_arrays(model).items()})
+
+
+def clip(version, seed=2):
+    side = 32 if version == "2.1" else 32
+    return np.random.default_rng(seed).uniform(-1, 1, (1, 9, side, side, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("version", CONFIGS)
+def test_agrees_with_diffusers_through_the_converter(tmp_path, version):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    cfg, model = CONFIGS[version], random_vae(version)
+    source = unfill(vae.NAMINGS[f"diffusers {version}"], {k: np.asarray(v) for k, v in get_arrays(model).items()})
+    save_file(source, tmp_path / "diffusion_pytorch_model.safetensors")
+    extra = {"decoder_base_dim": 6, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2} if version == "2.2" else {}
+    theirs = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=cfg.z_dim, latents_mean=list(cfg.latent_mean), latents_std=list(cfg.latent_std),
+        scale_factor_spatial=cfg.stride[1], **extra,
+    )  # fmt: skip
+    theirs.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in source.items()}, strict=True)
+    video = clip(version)
+    ours = vae.load(tmp_path)
+    mean, std = np.array(cfg.latent_mean, np.float32), np.array(cfg.latent_std, np.float32)
+    with torch.no_grad():
+        raw = theirs.encode(torch.from_numpy(np.moveaxis(video, -1, 1).copy())).latent_dist.mode()
+        decoded = theirs.decode(raw).sample.numpy()
+    z = (np.moveaxis(raw.numpy(), 1, -1) - mean) / std
+    assert relative(jax.jit(ours.encode)(video), z) < 1e-4
+    # diffusers clamps.
+    assert relative(jnp.clip(jax.jit(ours.decode)(z), -1, 1), np.moveaxis(decoded, 1, -1)) < 1e-4
+
+
+@pytest.mark.parametrize("version", CONFIGS)
+def test_chunks_equal_the_whole_clip(version):
+    model = random_vae(version)
+    video = clip(version)
+    z = jax.jit(model.encode_whole)(video)
+    assert relative(jax.jit(model.encode)(video), z) < 1e-5
+    c = np.random.default_rng(3).normal(size=video.shape).astype(np.float32)
+
+    def run(decode):
+        return jax.jit(jax.value_and_grad(lambda z: jnp.sum(decode(z) * c)))(z)
+
+    (value, grad), (whole_value, whole_grad) = run(model.decode), run(model.decode_whole)
+    assert abs(value - whole_value) < 1e-4 * abs(whole_value) + 1e-3
+    assert relative(grad, whole_grad) < 1e-4
+    model.remat = False
+    assert relative(run(model.decode)[1], grad) < 1e-6
+
+
+def test_condition_is_the_mask_and_the_latents_of_the_first_frame():
+    model = random_vae("2.1")
+    video = clip("2.1")
+    alone = np.zeros_like(video)
+    alone[:, 0] = video[:, 0]
+    y = jax.jit(lambda v: first_frame_condition(model, v[:, 0], 9))(video)
+    assert np.array_equal(y[0, :, 0, 0, :4], [[1] * 4, [0] * 4, [0] * 4])
+    assert relative(y[..., 4:], model.encode(alone)) < 1e-5
+    alone[:, -1] = video[:, -1]
+    y = jax.jit(lambda v: first_frame_condition(model, v[:, 0], 9, v[:, -1]))(video)
+    assert np.array_equal(y[0, :, 0, 0, :4], [[1] * 4, [0] * 4, [0, 0, 0, 1]])
+    assert relative(y[..., 4:], model.encode(alone)) < 1e-5
