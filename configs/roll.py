@@ -53,7 +53,11 @@ def get_config(file: str = "") -> ConfigDict:
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a mapping with sections {', '.join(SECTIONS)}")
     config = default_config()
-    ignored = [key for key in content if key not in (*SECTIONS, "actor_train", "seed", "save_steps", "logging_steps", "max_steps")]
+    ignored = [
+        key
+        for key in content
+        if key not in (*SECTIONS, "actor_train", "seed", "save_steps", "logging_steps", "max_steps")
+    ]
     settings = {k: content[k] for k in ("seed", "save_steps", "logging_steps", "max_steps") if k in content}
     settings |= _sections(content)
     for key, value in settings.items():
@@ -70,7 +74,7 @@ def get_config(file: str = "") -> ConfigDict:
 
 
 def _as(kind: type, value: Any, where: str) -> Any:
-    """yaml reads 1e-6 as text and a list as a list; the original accepts both."""
+    """Yaml reads 1e-6 as text and a list as a list; the original accepts both."""
     if isinstance(value, list):
         value = ",".join(map(str, value))
     try:

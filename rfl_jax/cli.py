@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from rfl_jax.config import Config, parse
@@ -19,6 +20,25 @@ def load_config(holder: flags.FlagHolder) -> Config:
     if holder.value is None:
         raise UserError("--config: expected a config file, for example configs/mini.py")
     return parse(holder.value)
+
+
+def open_workdir(path: str | None) -> epath.Path:
+    """The workdir, made if it is not there.
+
+    Raises:
+        UserError: none given, or not writable.
+    """
+    if not path:
+        raise UserError("--workdir: expected a folder")
+    workdir = epath.Path(path)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir: {path}: not writable ({error.strerror})") from None
+    return workdir
 
 
 def run(main: Callable[[], None], command: str) -> None:

@@ -3,41 +3,17 @@
 import sys
 
 from absl import flags
-from etils import epath
 
 from rfl_jax import cli
-from rfl_jax.errors import UserError
 from rfl_jax.evaluate import evaluate, show
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
 from rfl_jax.training.setup import set_up
 
-_CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, samples, checkpoints.")
-
-
-def open_workdir(path: str | None) -> epath.Path:
-    """The workdir, made if it is not there.
-
-    Raises:
-        UserError: none given, or not writable.
-    """
-    if not path:
-        raise UserError("--workdir: expected a folder")
-    workdir = epath.Path(path)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--workdir: {path}: not writable ({error.strerror})") from None
-    return workdir
-
 
 def main() -> None:
     cfg = cli.load_config(_CONFIG)
-    workdir = open_workdir(_WORKDIR.value)
+    workdir = cli.open_workdir(_WORKDIR.value)
     run = set_up(cfg, workdir)
     state, finished = train(run, workdir)
     if not finished:
@@ -51,4 +27,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    _CONFIG = cli.define_config()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, samples, checkpoints.")
     cli.run(main, "train")

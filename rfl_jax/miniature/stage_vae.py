@@ -48,14 +48,14 @@ def train_vae(out: Path, seed: int, scale: float) -> None:
             pixel = jnp.mean(weight * jnp.abs(error))
             edges = sum(jnp.mean(weight[:, :, :-1, :-1] * jnp.abs(d[:, :, :-1, :-1])) for d in _gradients(error))
             kl = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
-            return pixel + edges + 2e-4 * kl, {"l1": jnp.mean(jnp.abs(error)), "kl": kl}
+            return pixel + edges + 5e-5 * kl, {"l1": jnp.mean(jnp.abs(error)), "kl": kl}
 
         return loss
 
-    params = fit(objective(1, 16), params, steps=int(1200 * scale), learning_rate=3e-3, seed=seed, label="vae: frames")
+    params = fit(objective(1, 12), params, steps=int(1100 * scale), learning_rate=3e-3, seed=seed, label="vae: frames")
     params = jax.tree.map(lambda x: start_of_time(x) if is_causal(x) else x, params)
     params = fit(
-        objective(FRAMES, 2), params, steps=int(400 * scale), learning_rate=1.5e-3, seed=seed + 1, label="vae: clips"
+        objective(FRAMES, 4), params, steps=int(600 * scale), learning_rate=1.2e-3, seed=seed + 1, label="vae: clips"
     )
 
     model = nnx.merge(graph, params)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from convert import arcface, scrfd
 from convert.onnx_export import export_iresnet, export_scrfd
+from convert.verify import errors
 from rfl_jax.errors import UserError
 from rfl_jax.models.weights import get_arrays, set_arrays
 from rfl_jax.rewards.arcface import IResNet, IResNetConfig
@@ -41,13 +42,13 @@ def run(file, x):
     return session.run(None, {"input.1": np.ascontiguousarray(x.transpose(0, 3, 1, 2))})
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-@pytest.mark.parametrize(
-    ("folded", "batch_axis", "size"), [(True, False, None), (False, True, 64), (False, False, None)]
-)
+VARIATIONS = [(True, False, None), (False, True, 64), (False, False, None)]
+# The full-width detector is checked once.
+DETECTOR_CASES = [(n, *v) for n in DETECTORS for v in (VARIATIONS[:1] if n == "10g" else VARIATIONS)]
+
+
+@pytest.mark.parametrize(("name", "folded", "batch_axis", "size"), DETECTOR_CASES)
 def test_detectors(tmp_path, name, folded, batch_axis, size):
-    if name == "10g" and not folded:
-        pytest.skip("the full-width detector is checked once")
     file = tmp_path / "det.onnx"
     export_scrfd(
         randomised(SCRFD(DETECTORS[name], rngs=nnx.Rngs(1)), 2),
@@ -94,3 +95,12 @@ def test_other_graphs_are_refused_at_the_node_that_differs(tmp_path):
     file.write_bytes(b"not onnx at all")
     with pytest.raises(UserError, match=r"det\.onnx: expected an ONNX model"):
         scrfd.load(file)
+
+
+def test_verification_compares_with_onnx_runtime(tmp_path):
+    file = tmp_path / "det.onnx"
+    export_scrfd(randomised(SCRFD(DETECTORS["resnet"], rngs=nnx.Rngs(1)), 2), file, input_size=64)
+    cfg, arrays = scrfd.convert(file)
+    assert max(errors("scrfd", str(file), cfg, arrays).values()) < 1e-4
+    arrays["lateral.0.bias"] = arrays["lateral.0.bias"] + 1
+    assert max(errors("scrfd", str(file), cfg, arrays).values()) > 1e-3

@@ -97,7 +97,7 @@ def test_samples_are_shuffled_by_seed_and_resumable(tmp_path):
     assert first == order(0, 6)
     assert first != order(1, 6)
     for epoch in (first[:3], first[3:]):
-        assert sorted(sum(epoch, [])) == list(range(6))
+        assert sorted(i for batch in epoch for i in batch) == list(range(6))
     assert first[:3] != first[3:]
 
     iterator = make_iterator(prepared, ["y"], batch=2, seed=0)

@@ -18,7 +18,9 @@ from rfl_jax.models.wan.rope import rope_freqs, split_pairs
 from rfl_jax.models.weights import get_arrays, set_arrays
 from tests.golden import relative
 
-CFG = DiTConfig(in_dim=20, out_dim=8, dim=40, ffn_dim=56, num_heads=2, num_layers=3, freq_dim=32, text_dim=24, text_len=10)
+CFG = DiTConfig(
+    in_dim=20, out_dim=8, dim=40, ffn_dim=56, num_heads=2, num_layers=3, freq_dim=32, text_dim=24, text_len=10
+)
 
 
 def random_model(cfg=CFG, **options):
@@ -58,7 +60,10 @@ def test_agrees_with_diffusers_through_the_converter(tmp_path, per_token):
         t = t.astype(np.float32)
     with torch.no_grad():
         want = theirs(
-            torch.from_numpy(np.moveaxis(x, -1, 1).copy()), torch.from_numpy(t), torch.from_numpy(context), return_dict=False
+            torch.from_numpy(np.moveaxis(x, -1, 1).copy()),
+            torch.from_numpy(t),
+            torch.from_numpy(context),
+            return_dict=False,
         )[0].numpy()
     ours = dit.load(tmp_path, num_heads=CFG.num_heads, text_len=CFG.text_len)
     assert ours.cfg == dataclasses.replace(CFG, boundary=0.9)
@@ -79,7 +84,6 @@ def test_scan_equals_loop():
     for i in range(CFG.num_layers):
         block = nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], layers))
         tokens = block(tokens, modulation, text, rope_freqs((3, 3, 2), CFG.head_dim))
-    graph, rest = nnx.split(model)
     empty = dataclasses.replace(CFG, num_layers=0)
     tail = DiT(empty, rngs=nnx.Rngs(0), remat_policy="none")
     shared = {k: v for k, v in get_arrays(model).items() if not k.startswith("blocks.")}

@@ -18,7 +18,14 @@ def test_agrees_with_transformers_through_the_converter(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = transformers.UMT5Config(
-        vocab_size=50, d_model=24, d_kv=10, d_ff=40, num_layers=3, num_heads=2, feed_forward_proj="gated-gelu", dropout_rate=0.0
+        vocab_size=50,
+        d_model=24,
+        d_kv=10,
+        d_ff=40,
+        num_layers=3,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
     )
     torch.manual_seed(0)
     theirs = transformers.UMT5EncoderModel(config).eval()

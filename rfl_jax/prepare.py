@@ -1,0 +1,26 @@
+"""Prepares a run's clips ahead of training: `python -m rfl_jax.prepare --config=FILE --workdir=DIR`.
+
+Training does the same before its first step; clips that are prepared already are taken from the cache.
+"""
+
+from absl import flags
+
+from rfl_jax import cli
+from rfl_jax.data.metadata import read_metadata
+from rfl_jax.data.prepare import prepare
+from rfl_jax.sources import find_sources
+from rfl_jax.training.setup import cache_folder, experts_of
+
+
+def main() -> None:
+    cfg = cli.load_config(_CONFIG)
+    workdir = cli.open_workdir(_WORKDIR.value)
+    cache = cache_folder(cfg, workdir)
+    prepared = prepare(cfg, find_sources(cfg, experts=experts_of(cfg)), read_metadata(cfg.file_name), cache)
+    print(f"{len(prepared)} clips in {cache}")
+
+
+if __name__ == "__main__":
+    _CONFIG = cli.define_config()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    cli.run(main, "prepare")

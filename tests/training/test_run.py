@@ -1,0 +1,145 @@
+"""Whole runs: outputs as promised, stopping and resuming bit for bit, preparation and its bad rows, evaluation."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import load_file
+
+from rfl_jax.data.metadata import read_metadata
+from rfl_jax.data.prepare import prepare
+from rfl_jax.data.videos import write_video
+from rfl_jax.errors import UserError
+from rfl_jax.evaluate import FIGURES, evaluate, motion
+from rfl_jax.sources import find_sources
+from rfl_jax.training.export import export_adapters
+from rfl_jax.training.loop import train
+from rfl_jax.training.setup import set_up
+from tests.training.conftest import read_metrics
+from tests.training.test_step import use_devices
+
+
+def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_path, clip_folder):
+    use_devices(monkeypatch, 1)
+    cfg = settings(
+        max_steps=4,
+        save_steps=3,
+        sample_every=2,
+        **{"eval.file_name": str(clip_folder / "metadata.csv"), "eval.num_samples": 2},
+    )
+    whole, parts = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "parts")
+    for workdir in (whole, parts):
+        workdir.mkdir()
+    run = set_up(cfg, whole)
+    state, finished = train(run, whole)
+    assert finished
+    want = read_metrics(whole)
+    assert [line["step"] for line in want] == [1, 2, 3, 4]
+
+    # Stopped after the second step by Ctrl-C, as a user would; then the same again.
+    again = set_up(cfg, parts)
+    step, calls = again.step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    again.step = interrupted
+    _, finished = train(again, parts)
+    assert not finished
+    assert len(read_metrics(parts)) == 2
+    # Lines of steps whose checkpoint was lost are written anew.
+    with (parts / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"step": 3, "loss": 0}) + "\n")
+    resumed = set_up(cfg, parts)
+    train(resumed, parts)
+    assert read_metrics(parts) == want
+
+    assert sorted(p.name for p in (whole / "samples").iterdir()) == [
+        "step_000001.mp4",
+        "step_000002.mp4",
+        "step_000004.mp4",
+    ]
+    assert any((whole / "tensorboard").iterdir())
+    (file,) = export_adapters(run, state, whole)
+    adapters = load_file(file)
+    assert len(adapters) == 6 * 10 * 2
+    assert adapters["blocks.0.self_attn.q.lora_A.weight"].shape == (4, 128)
+
+    result = evaluate(run, state, whole)
+    written = json.loads((whole / "evaluation.json").read_text())
+    assert written == result
+    assert len(written["clips"]) == 2
+    for figure in FIGURES:
+        for name in ("base", "tuned"):
+            assert written[figure][name] == pytest.approx(np.mean([c[name][figure] for c in written["clips"]]))
+    assert written["judge_sim"]["base"] != written["judge_sim"]["tuned"]
+
+    with pytest.raises(UserError, match="does not fit this configuration"):
+        train(set_up(settings(max_steps=4, lora_rank=2), parts), parts)
+
+
+def test_motion_counts_neighbouring_frames_with_a_face():
+    kps = np.zeros((4, 5, 2))
+    kps[1:] += 2
+    kps[3] += 4
+    assert motion(kps, np.array([1, 1, 1, 1], bool)) == pytest.approx(2)
+    assert motion(kps, np.array([1, 1, 1, 0], bool)) == pytest.approx(1)
+    assert motion(kps, np.array([1, 0, 1, 0], bool)) == 0
+
+
+def bad_rows(folder, clip_folder):
+    folder.mkdir()
+    shutil.copy(clip_folder / "clip_000.mp4", folder / "good.mp4")
+    (folder / "text.mp4").write_text("no video")
+    (folder / "empty.mp4").write_bytes(b"")
+    write_video(folder / "short.mp4", np.zeros((3, 64, 64, 3), np.uint8))
+    write_video(folder / "faceless.mp4", np.full((9, 64, 64, 3), 128, np.uint8))
+    names = ["good", "text", "empty", "short", "faceless", "absent"]
+    (folder / "metadata.csv").write_text("video,prompt\n" + "".join(f"{n}.mp4,a face\n" for n in names))
+    return folder / "metadata.csv"
+
+
+def test_bad_rows_are_skipped_or_refused_by_number(settings, tmp_path, clip_folder, capsys):
+    file = bad_rows(tmp_path / "rows", clip_folder)
+    cfg = settings(file_name=str(file), **{"data.on_bad_row": "skip"})
+    sources, rows, cache = find_sources(cfg, experts=2), read_metadata(file), epath.Path(tmp_path / "cache")
+    prepared = prepare(cfg, sources, rows, cache)
+    assert [p.row.number for p in prepared] == [2]
+    assert "5 of 6 rows left out: 3, 4, 5, 6, 7" in capsys.readouterr().out
+    sample = prepared[0].load()
+    assert sample["y"].shape == (3, 8, 8, 20)
+    assert sample["pool"].shape[0] == 9
+    assert not sample["context"][sample["mask"] == 0].any()
+
+    strict = settings(file_name=str(file))
+    with pytest.raises(UserError, match=r"row 3: .*text\.mp4: expected a readable video"):
+        prepare(strict, sources, rows, cache)
+    # Nothing half-written, and what is cached is not computed again: no network is opened.
+    assert sorted(p.name for p in cache.iterdir()) == [prepared[0].file.name]
+    broken = type(sources)(["x"], ["x"], sources.text_encoder, sources.vae, sources.tokenizer, sources.reward)
+    stamp = prepared[0].file.stat().mtime
+    assert prepare(cfg, broken, rows[:1], cache)[0].file.stat().mtime == stamp
+    # Another prompt is another sample.
+    other = type(rows[0])(2, rows[0].video, "another prompt")
+    assert prepare(cfg, sources, [other], cache)[0].file != prepared[0].file
+
+
+def test_clips_of_different_sizes_cannot_share_a_batch(monkeypatch, settings, tmp_path, clip_folder):
+    use_devices(monkeypatch, 1)
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    shutil.copy(clip_folder / "clip_000.mp4", folder / "a.mp4")
+    shutil.copy(clip_folder / "clip_001.mp4", folder / "b.mp4")
+    (folder / "metadata.csv").write_text("video,prompt\na.mp4,x\nb.mp4,y\n")
+    from rfl_jax.data.videos import read_clip, to_uint8
+
+    clip = to_uint8(read_clip(folder / "b.mp4", num_frames=9, max_pixels=10**6, multiple=16))
+    write_video(folder / "b.mp4", clip[:5])
+    with pytest.raises(UserError, match=r"row 3: latents of .* cannot share a batch"):
+        set_up(settings(file_name=str(folder / "metadata.csv")), epath.Path(tmp_path))
