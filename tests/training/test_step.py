@@ -1,5 +1,7 @@
 """The step: gradients where they belong, the same on one device and on eight, whatever trains."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +13,15 @@ from jax.sharding import AxisType
 
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.models.wan.dit import DiT
 from rfl_jax.rewards.face import SCORE_MEAN, SCORE_STD
+from rfl_jax.sampling.schedule import plan_phases, sigmas
 from rfl_jax.sharding import ADAPTER_PATTERNS, check_rules
-from rfl_jax.training import setup as setup_module
+from rfl_jax.training import setup as run_setup
 from rfl_jax.training.setup import set_up
-from rfl_jax.training.step import dit_forward_flops, make_loss, make_sampler, start_noise
+from rfl_jax.training.state import Frozen, Networks
+from rfl_jax.training.step import Sampler, bind_experts, dit_forward_flops, make_loss, make_sampler, start_noise
+from tests.golden import relative
 
 
 def use_devices(monkeypatch, count):
@@ -25,7 +31,7 @@ def use_devices(monkeypatch, count):
         devices = np.array(jax.devices()[:count]).reshape([max(n, 1) for n in sizes.values()])
         return jax.sharding.Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
-    monkeypatch.setattr(setup_module, "make_mesh", mesh)
+    monkeypatch.setattr(run_setup, "make_mesh", mesh)
 
 
 def snapshot(tree):
@@ -174,6 +180,41 @@ def test_sharding_rules_cover_every_parameter_and_none_is_unused(monkeypatch, se
         check_rules(run.frozen.rest["dit"], "dit", run.mesh)
     with pytest.raises(KeyError, match="no sharding rule for"):
         check_rules(run.frozen.rest["dit"], "umt5", run.mesh)
+
+
+def test_first_frame_in_the_latents_has_timestep_zero_and_guidance_extrapolates():
+    cfg = dataclasses.replace(
+        DIT_PRESETS["mini"],
+        in_dim=48,
+        out_dim=48,
+        dim=32,
+        ffn_dim=32,
+        num_heads=2,
+        num_layers=1,
+        first_frame_in_latents=True,
+        boundary=None,
+    )
+    rng = np.random.default_rng(0)
+    model = DiT(cfg, rngs=nnx.Rngs(0))
+    graph, weights = nnx.split(model)
+    frozen = Frozen({"dit": weights}, {})
+    levels = sigmas(8, 5.0)
+    sampler = Sampler(cfg, levels, plan_phases(levels, boundary=None, mid=4, final=7), 3.0)
+    batch = {
+        "y": rng.normal(size=(2, 3, 4, 4, 48)).astype(np.float32),
+        "context": rng.normal(size=(2, cfg.text_len, cfg.text_dim)).astype(np.float32),
+        "negative_context": rng.normal(size=(1, cfg.text_len, cfg.text_dim)).astype(np.float32),
+    }
+    networks = Networks({"dit": graph}, {"dit": graph}, ())
+    experts, keep = bind_experts(networks, sampler, {}, frozen, batch)
+    x = keep(jnp.asarray(rng.normal(size=(2, 3, 4, 4, 48)).astype(np.float32)))
+    assert np.array_equal(x[:, 0], batch["y"][:, 0])
+    tokens = np.full((2, 12), 500.0, np.float32) * (np.arange(12) >= 4)
+    with_text = model(x, tokens, batch["context"])
+    without = model(x, tokens, np.repeat(batch["negative_context"], 2, 0))
+    assert relative(experts["dit"].velocity(x, jnp.full(2, 500.0)), without + 3.0 * (with_text - without)) < 1e-5
+    # Nothing of it trains: no reference, and nothing to diverge from.
+    assert experts["dit"].reference is None
 
 
 def test_forward_flops_are_the_designs():
