@@ -17,20 +17,20 @@ from tqdm import tqdm
 
 from rfl_jax import cli
 from rfl_jax.config import parse
-from rfl_jax.data.metadata import read_metadata
-from rfl_jax.data.prepare import open_judge, prepare
-from rfl_jax.data.videos import write_video
+from rfl_jax.data.prepare import open_judge
+from rfl_jax.data.videos import to_uint8, write_video
 from rfl_jax.errors import UserError
 from rfl_jax.rewards.face import Score, cosine_with_pool, usable_pool
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.training.checkpoint import Checkpoints
-from rfl_jax.training.setup import Setup, cache_folder, set_up
+from rfl_jax.training.setup import Setup, set_up
 from rfl_jax.training.state import States, TrainState
 from rfl_jax.training.step import bind_experts, latent_shape, start_noise
 
 FIGURES = ("face_sim", "judge_sim", "motion", "face_fraction")
 # Folded into the run's key, so that no clip is judged on a noise it was trained on.
 EVALUATION = 0x5EED
+BATCH = 8  # clips sampled together
 
 
 def motion(kps: np.ndarray, mask: np.ndarray) -> float:
@@ -51,9 +51,6 @@ def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, An
         The content of evaluation.json.
     """
     cfg = run.cfg
-    rows = read_metadata(cfg.eval.file_name)[: cfg.eval.num_samples]
-    listed = dataclasses.replace(cfg, file_name=cfg.eval.file_name)
-    held_out = prepare(listed, run.sources, rows, cache_folder(cfg, workdir), judge=cfg.eval.judge_model_path)
     key = jax.random.fold_in(run.key, EVALUATION)
     reward = run.networks.build("reward", {}, run.frozen)
     judge = open_judge(reward, cfg.eval.judge_model_path)
@@ -75,25 +72,26 @@ def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, An
         judged = cosine_with_pool(embeddings.reshape(*score.mask.shape, -1), pool, mask)
         return video, score, judged
 
-    base = untrained(run, state)
+    params = {"base": untrained(run, state), "tuned": state.params}
     clips = []
-    for index, item in enumerate(tqdm(held_out, desc="evaluate", disable=None)):
-        values = item.load()
-        batch = {n: jnp.asarray(values[n])[None] for n in (*run.batch_names, "judge_pool")}
-        batch |= {"sample": jnp.array([index]), **{k: jnp.asarray(v) for k, v in run.constants.items()}}
-        clip: dict[str, Any] = {"video": item.row.video.name, "prompt": item.row.prompt}
-        for name, params in (("base", base), ("tuned", state.params)):
-            video, score, judged = sample(params, batch)
-            mask = np.asarray(score.mask[0])
-            clip[name] = {
-                "face_sim": float(score.score[0]),
-                "judge_sim": float(np.asarray(judged[0])[mask].mean()) if mask.any() else 0.0,
-                "motion": motion(np.asarray(score.kps[0]), mask),
-                "face_fraction": float(mask.mean()),
-            }
-            frames = np.asarray(jnp.rint((video[0] + 1) * 127.5)).astype(np.uint8)
-            write_video(workdir / "evaluation" / f"{index:03d}_{name}.mp4", frames)
-        clips.append(clip)
+    for start in tqdm(range(0, len(run.held_out), BATCH), desc="evaluate", disable=None):
+        items = run.held_out[start : start + BATCH]
+        loaded = [item.load() for item in items]
+        batch = {n: jnp.stack([values[n] for values in loaded]) for n in (*run.batch_names, "judge_pool")}
+        batch |= {"sample": start + jnp.arange(len(items)), **{k: jnp.asarray(v) for k, v in run.constants.items()}}
+        found = {name: jax.tree.map(np.asarray, sample(weights, batch)) for name, weights in params.items()}
+        for i, item in enumerate(items):
+            clip: dict[str, Any] = {"video": item.row.video.name, "prompt": item.row.prompt}
+            for name, (video, score, judged) in found.items():
+                mask = score.mask[i]
+                clip[name] = {
+                    "face_sim": float(score.score[i]),
+                    "judge_sim": float(judged[i][mask].mean()) if mask.any() else 0.0,
+                    "motion": motion(score.kps[i], mask),
+                    "face_fraction": float(mask.mean()),
+                }
+                write_video(workdir / "evaluation" / f"{start + i:03d}_{name}.mp4", to_uint8(video[i]))
+            clips.append(clip)
     result: dict[str, Any] = {
         figure: {name: float(np.mean([c[name][figure] for c in clips])) for name in ("base", "tuned")}
         for figure in FIGURES

@@ -7,7 +7,7 @@ from absl import flags
 
 from rfl_jax import cli
 from rfl_jax.data.metadata import read_metadata
-from rfl_jax.data.prepare import prepare
+from rfl_jax.data.prepare import Encoders, prepare
 from rfl_jax.sources import find_sources
 from rfl_jax.training.setup import cache_folder, experts_of
 
@@ -16,7 +16,8 @@ def main() -> None:
     cfg = cli.load_config(_CONFIG)
     workdir = cli.open_workdir(_WORKDIR.value)
     cache = cache_folder(cfg, workdir)
-    prepared = prepare(cfg, find_sources(cfg, experts=experts_of(cfg)), read_metadata(cfg.file_name), cache)
+    encoders = Encoders(cfg, find_sources(cfg, experts=experts_of(cfg)), cfg.eval.judge_model_path)
+    prepared = prepare(encoders, read_metadata(cfg.file_name), cache, listed_in=cfg.file_name)
     print(f"{len(prepared)} clips in {cache}")
 
 

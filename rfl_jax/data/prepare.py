@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -49,22 +50,23 @@ class Prepared:
 
 
 class Encoders:
-    """The networks that only preparation needs, loaded when the first sample asks for them and freed after the last.
+    """The networks that only preparation needs, opened when the first sample asks for them. Dropping this object frees
+    them before the DiTs are loaded.
 
     Args:
         cfg: the run.
         sources: where its weights are.
-        judge: folder of a second embedder's ONNX files, whose pool is stored as well; empty for none.
+        judge: folder of a second embedder's ONNX file, whose pool is stored as well; empty for none.
     """
 
     def __init__(self, cfg: Config, sources: Sources, judge: str = "") -> None:
         self.cfg = cfg
         self.sources = sources
         self.judge = judge
-        self.text_len = DIT_PRESETS[cfg.preset].text_len
-        self.tokenizer = PromptTokenizer(sources.tokenizer, self.text_len)
+        self.tokenizer = PromptTokenizer(sources.tokenizer, DIT_PRESETS[cfg.preset].text_len)
 
-    def load(self) -> Callable[[np.ndarray, str], Sample]:
+    @functools.cached_property
+    def sample(self) -> Callable[[np.ndarray, str], Sample]:
         """A function from a clip [t, h, w, 3] in [-1, 1] and its prompt to a sample."""
         cfg = self.cfg
         text = open_text_encoder(cfg, self.sources)
@@ -146,24 +148,20 @@ def _only_file(folder: str, names: Sequence[str]) -> str:
     return str(files[0])
 
 
-def prepare(
-    cfg: Config, sources: Sources, rows: Sequence[Row], cache: epath.Path, *, judge: str = ""
-) -> list[Prepared]:
+def prepare(encoders: Encoders, rows: Sequence[Row], cache: epath.Path, *, listed_in: str) -> list[Prepared]:
     """Prepares all rows, taking from the cache what is there.
 
     Args:
-        cfg: the run.
-        sources: where its weights are.
+        encoders: of the run; nothing is opened if all rows are cached.
         rows: clips.
         cache: folder of prepared samples.
-        judge: see `Encoders`.
+        listed_in: the csv, for messages.
 
     Raises:
         UserError: an unusable row under `data.on_bad_row=error`, or none that is usable.
     """
-    encoders = Encoders(cfg, sources, judge)
-    base = _settings_hash(cfg, sources, judge)
-    sample: Callable[[np.ndarray, str], Sample] | None = None
+    cfg = encoders.cfg
+    base = _settings_hash(cfg, encoders.sources, encoders.judge)
     prepared, bad = [], []
     cache.mkdir(parents=True, exist_ok=True)
     bar = tqdm(rows, desc="prepare", disable=None)
@@ -173,19 +171,18 @@ def prepare(
             file = cache / f"{key}.npz"
             if not file.exists():
                 video = read_clip(row.video, **_clip_settings(cfg))
-                sample = sample or encoders.load()
-                values = sample(video, row.prompt)
+                values = encoders.sample(video, row.prompt)
                 if not values.pop("found")[0]:
                     raise UserError(f"{row.video}: no face in the first frame")
                 _write(file, values)
             prepared.append(Prepared(row, file))
         except UserError as error:
             if cfg.data.on_bad_row == "error":
-                raise UserError(f"{cfg.file_name}: row {row.number}: {error}") from None
+                raise UserError(f"{listed_in}: row {row.number}: {error}") from None
             bad.append(row.number)
-            tqdm.write(f"{cfg.file_name}: row {row.number} left out: {error}")
+            tqdm.write(f"{listed_in}: row {row.number} left out: {error}")
     if not prepared:
-        raise UserError(f"{cfg.file_name}: none of its {len(rows)} rows can be used")
+        raise UserError(f"{listed_in}: none of its {len(rows)} rows can be used")
     if bad:
         print(f"{len(bad)} of {len(rows)} rows left out: {', '.join(map(str, bad))}")
     return prepared

@@ -20,7 +20,7 @@ from rfl_jax.models.wan.conditioning import first_frame_condition
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
 
-CLIPS = 4096
+CLIPS = 3072
 SHIFT = 5.0
 
 
@@ -76,7 +76,7 @@ def train_dit(out: Path, seed: int, scale: float) -> None:
 
         return loss
 
-    for expert, steps, (low, high), offset in (("dit2", 4500, (0.0, edge), 0), ("dit", 1200, (edge, 1.0), 1)):
+    for expert, steps, (low, high), offset in (("dit2", 3200, (0.0, edge), 0), ("dit", 800, (edge, 1.0), 1)):
         params = fit(
             objective(low, high), params,
             steps=int(steps * scale), learning_rate=1.5e-3 / (1 + offset), seed=seed + 400 + offset, label=expert, ema=0.999,

@@ -96,7 +96,7 @@ def train_embedder(
 
     def loss(weights: tuple[nnx.State, jax.Array], key: jax.Array) -> tuple[jax.Array, dict]:
         params, readout = weights
-        people = 24
+        people = 16
         crops, identity = pairs(key, people, jitter)
         e = nnx.merge(graph, params)(crops)
         unit = e / (jnp.linalg.norm(e, axis=-1, keepdims=True) + 1e-6)
@@ -126,7 +126,7 @@ def train_arcface(out: Path, seed: int, scale: float) -> None:
     cfg = IResNetConfig(widths=(8, 16, 32, 64), layers=(1, 2, 2, 1), stem=8, embedding=64)
     train_embedder(
         cfg, out / EMBEDDER_FILE,
-        seed=seed + 100, steps=int(350 * scale), temperature=0.1, factors=False, jitter=0.6, label="arcface",
+        seed=seed + 100, steps=int(280 * scale), temperature=0.1, factors=False, jitter=0.6, label="arcface",
     )  # fmt: skip
 
 
@@ -135,5 +135,5 @@ def train_judge(out: Path, seed: int, scale: float) -> None:
     cfg = IResNetConfig(widths=(12, 16, 24, 48), layers=(1, 1, 2, 2), stem=12, embedding=48)
     train_embedder(
         cfg, out / JUDGE_FILE,
-        seed=seed + 200, steps=int(350 * scale), temperature=0.15, factors=True, jitter=0.4, label="judge",
+        seed=seed + 200, steps=int(280 * scale), temperature=0.15, factors=True, jitter=0.4, label="judge",
     )  # fmt: skip

@@ -13,7 +13,7 @@ from convert import store
 from rfl_jax.config import Config
 from rfl_jax.data.dataset import check_shapes, make_iterator
 from rfl_jax.data.metadata import read_metadata
-from rfl_jax.data.prepare import Prepared, negative_context, open_reward, open_text_encoder, prepare
+from rfl_jax.data.prepare import Encoders, Prepared, negative_context, open_reward, open_text_encoder, prepare
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT
@@ -36,6 +36,7 @@ class Setup:
         sources: where its weights are.
         mesh: its devices.
         prepared: its samples.
+        held_out: samples of the evaluation.
         networks, sampler: static halves of the step.
         state, frozen: weights and optimizer on the mesh.
         step: the jitted step.
@@ -50,6 +51,7 @@ class Setup:
     sources: Sources
     mesh: Mesh
     prepared: list[Prepared]
+    held_out: list[Prepared]
     networks: Networks
     sampler: Sampler
     state: TrainState
@@ -128,6 +130,16 @@ def cache_folder(cfg: Config, workdir: epath.Path) -> epath.Path:
     return epath.Path(cfg.data.cache_dir) if cfg.data.cache_dir else workdir / "cache"
 
 
+def prepare_clips(cfg: Config, sources: Sources, cache: epath.Path) -> tuple[list[Prepared], list[Prepared]]:
+    """The clips to train on and those held out. Both before training: a bad held-out row is found now, not at the end."""
+    encoders = Encoders(cfg, sources, cfg.eval.judge_model_path)
+    prepared = prepare(encoders, read_metadata(cfg.file_name), cache, listed_in=cfg.file_name)
+    if not cfg.eval.file_name:
+        return prepared, []
+    rows = read_metadata(cfg.eval.file_name)[: cfg.eval.num_samples]
+    return prepared, prepare(encoders, rows, cache, listed_in=cfg.eval.file_name)
+
+
 def set_up(cfg: Config, workdir: epath.Path) -> Setup:
     """Prepares the data, loads the weights and jits the step.
 
@@ -144,8 +156,7 @@ def set_up(cfg: Config, workdir: epath.Path) -> Setup:
             f"{cfg.per_device_train_batch_size} x {batch_shards(mesh)} devices x gradient_accumulation_steps "
             f"{cfg.gradient_accumulation_steps}"
         )
-    rows = read_metadata(cfg.file_name)
-    prepared = prepare(cfg, sources, rows, cache_folder(cfg, workdir))
+    prepared, held_out = prepare_clips(cfg, sources, cache_folder(cfg, workdir))
     check_shapes(prepared, samples // cfg.gradient_accumulation_steps)
     constants = {}
     if sampler.guidance != 1.0:
@@ -167,7 +178,7 @@ def set_up(cfg: Config, workdir: epath.Path) -> Setup:
     names = ("y", "pool", *(("ids", "mask") if "text_encoder" in cfg.trained else ("context",)))
     key = jax.random.key(cfg.seed)
     return Setup(
-        cfg, sources, mesh, prepared, networks, sampler, state, frozen, step, key, updates_per_step, steps, names, constants,
+        cfg, sources, mesh, prepared, held_out, networks, sampler, state, frozen, step, key, updates_per_step, steps, names, constants,
     )  # fmt: skip
 
 

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from convert import dit, umt5, vae
 from convert.mapping import fill, flat_shapes, plan, unfill
 from rfl_jax.errors import UserError
+from rfl_jax.models.weights import get_arrays
 from tests.golden import ROOT, needs_golden
 
 MANIFESTS = {
@@ -74,3 +76,23 @@ def test_all_problems_are_named_at_once():
     assert "extra.weight" in message
     assert "head.head.bias" in message
     assert "blocks.ffn.up.bias of layer 1" in message
+
+
+def test_shards_with_an_index_equal_one_file(tmp_path):
+    state, _ = random_dit()
+    arrays = {".".join(map(str, k)): np.asarray(v[...]) for k, v in nnx.to_flat_state(state)}
+    source = unfill(dit.NAMINGS["original"], arrays)
+    keys = sorted(source)
+    parts = {"a.safetensors": keys[: len(keys) // 2], "b.safetensors": keys[len(keys) // 2 :]}
+    for name, part in parts.items():
+        save_file({k: source[k] for k in part}, tmp_path / name)
+    index = {"weight_map": {k: name for name, part in parts.items() for k in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "one").mkdir()
+    save_file(source, tmp_path / "one" / "model.safetensors")
+    whole = get_arrays(dit.load(tmp_path / "one", num_heads=2, text_len=4))
+    for sources in (tmp_path, tmp_path / "model.safetensors.index.json", [tmp_path / name for name in parts]):
+        got = get_arrays(dit.load(sources, num_heads=2, text_len=4))
+        assert all(np.array_equal(got[k], whole[k]) for k in whole)
+    with pytest.raises(UserError, match="is also in"):
+        dit.load([tmp_path / "a.safetensors", tmp_path / "one" / "model.safetensors"])

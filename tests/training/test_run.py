@@ -10,10 +10,11 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from rfl_jax.data.metadata import read_metadata
-from rfl_jax.data.prepare import prepare
-from rfl_jax.data.videos import write_video
+from rfl_jax.data.prepare import Encoders, prepare
+from rfl_jax.data.videos import read_clip, to_uint8, write_video
 from rfl_jax.errors import UserError
 from rfl_jax.evaluate import FIGURES, evaluate, motion
+from rfl_jax.miniature.world import FRAMES
 from rfl_jax.sources import find_sources
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
@@ -99,7 +100,7 @@ def bad_rows(folder, clip_folder):
     (folder / "text.mp4").write_text("no video")
     (folder / "empty.mp4").write_bytes(b"")
     write_video(folder / "short.mp4", np.zeros((3, 64, 64, 3), np.uint8))
-    write_video(folder / "faceless.mp4", np.full((9, 64, 64, 3), 128, np.uint8))
+    write_video(folder / "faceless.mp4", np.full((FRAMES, 64, 64, 3), 128, np.uint8))
     names = ["good", "text", "empty", "short", "faceless", "absent"]
     (folder / "metadata.csv").write_text("video,prompt\n" + "".join(f"{n}.mp4,a face\n" for n in names))
     return folder / "metadata.csv"
@@ -109,25 +110,34 @@ def test_bad_rows_are_skipped_or_refused_by_number(settings, tmp_path, clip_fold
     file = bad_rows(tmp_path / "rows", clip_folder)
     cfg = settings(file_name=str(file), **{"data.on_bad_row": "skip"})
     sources, rows, cache = find_sources(cfg, experts=2), read_metadata(file), epath.Path(tmp_path / "cache")
-    prepared = prepare(cfg, sources, rows, cache)
+    encoders = Encoders(cfg, sources)
+    prepared = prepare(encoders, rows, cache, listed_in=str(file))
     assert [p.row.number for p in prepared] == [2]
     assert "5 of 6 rows left out: 3, 4, 5, 6, 7" in capsys.readouterr().out
     sample = prepared[0].load()
-    assert sample["y"].shape == (3, 8, 8, 20)
-    assert sample["pool"].shape[0] == 9
+    assert sample["y"].shape == (2, 8, 8, 20)
+    assert sample["pool"].shape[0] == FRAMES
     assert not sample["context"][sample["mask"] == 0].any()
 
     strict = settings(file_name=str(file))
     with pytest.raises(UserError, match=r"row 3: .*text\.mp4: expected a readable video"):
-        prepare(strict, sources, rows, cache)
+        prepare(Encoders(strict, sources), rows, cache, listed_in=str(file))
     # Nothing half-written, and what is cached is not computed again: no network is opened.
     assert sorted(p.name for p in cache.iterdir()) == [prepared[0].file.name]
     broken = type(sources)(["x"], ["x"], sources.text_encoder, sources.vae, sources.tokenizer, sources.reward)
     stamp = prepared[0].file.stat().mtime
-    assert prepare(cfg, broken, rows[:1], cache)[0].file.stat().mtime == stamp
+    assert prepare(Encoders(cfg, broken), rows[:1], cache, listed_in="")[0].file.stat().mtime == stamp
     # Another prompt is another sample.
     other = type(rows[0])(2, rows[0].video, "another prompt")
-    assert prepare(cfg, sources, [other], cache)[0].file != prepared[0].file
+    assert prepare(encoders, [other], cache, listed_in="")[0].file != prepared[0].file
+
+
+def test_an_end_image_is_marked_in_the_condition(settings, tmp_path, clip_folder):
+    cfg = settings(extra_inputs="input_image,end_image")
+    rows = read_metadata(clip_folder / "metadata.csv")[:1]
+    (prepared,) = prepare(Encoders(cfg, find_sources(cfg, experts=2)), rows, epath.Path(tmp_path), listed_in="")
+    y = prepared.load()["y"]
+    assert np.array_equal(y[:, 0, 0, :4], [[1] * 4, [0, 0, 0, 1]])
 
 
 def test_clips_of_different_sizes_cannot_share_a_batch(monkeypatch, settings, tmp_path, clip_folder):
@@ -137,9 +147,7 @@ def test_clips_of_different_sizes_cannot_share_a_batch(monkeypatch, settings, tm
     shutil.copy(clip_folder / "clip_000.mp4", folder / "a.mp4")
     shutil.copy(clip_folder / "clip_001.mp4", folder / "b.mp4")
     (folder / "metadata.csv").write_text("video,prompt\na.mp4,x\nb.mp4,y\n")
-    from rfl_jax.data.videos import read_clip, to_uint8
-
-    clip = to_uint8(read_clip(folder / "b.mp4", num_frames=9, max_pixels=10**6, multiple=16))
-    write_video(folder / "b.mp4", clip[:5])
+    clip = to_uint8(read_clip(folder / "b.mp4", num_frames=FRAMES, max_pixels=10**6, multiple=16))
+    write_video(folder / "b.mp4", clip[:, :48])
     with pytest.raises(UserError, match=r"row 3: latents of .* cannot share a batch"):
         set_up(settings(file_name=str(folder / "metadata.csv")), epath.Path(tmp_path))
