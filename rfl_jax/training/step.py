@@ -193,7 +193,7 @@ def make_step(
             "loss": jnp.mean(figures["loss"]),
             "face_score": jnp.sum(figures["score_sum"]) / jnp.maximum(jnp.sum(figures["score_count"]), 1),
             "kl_loss": jnp.mean(figures["kl_loss"]),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "no_face_fraction": jnp.mean(figures["no_face_fraction"]),
             "learning_rate": schedule(state.step),
             "video": figures["video"][0],
