@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from rfl_jax.rewards.face import Score, cosine_with_pool, usable_pool
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.setup import Setup, set_up
-from rfl_jax.training.state import States, TrainState
+from rfl_jax.training.state import Frozen, States, TrainState
 from rfl_jax.training.step import bind_experts, latent_shape, start_noise
 
 FIGURES = ("face_sim", "judge_sim", "motion", "face_fraction")
@@ -53,18 +54,22 @@ def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, An
     cfg = run.cfg
     key = jax.random.fold_in(run.key, EVALUATION)
     reward = run.networks.build("reward", {}, run.frozen)
-    judge = open_judge(reward, cfg.eval.judge_model_path)
+    judge_graph, judge_weights = nnx.split(open_judge(reward, cfg.eval.judge_model_path))
 
+    # All weights are arguments: what a jitted function closes over becomes a constant of its program.
     @jax.jit
-    def sample(params: States, batch: dict[str, jax.Array]) -> tuple[jax.Array, Score, jax.Array]:
-        experts, keep = bind_experts(run.networks, run.sampler, params, run.frozen, batch)
+    def sample(
+        params: States, frozen: Frozen, judge_weights: nnx.State, batch: dict[str, jax.Array]
+    ) -> tuple[jax.Array, Score, jax.Array]:
+        experts, keep = bind_experts(run.networks, run.sampler, params, frozen, batch)
         shape = latent_shape(run.sampler, batch)
         noise = start_noise(key, batch["sample"], jnp.int32(0), shape, "fresh")
         # Without references: the KL is not asked for.
         experts = {name: dataclasses.replace(e, reference=None) for name, e in experts.items()}
         latents = rollout(experts, noise, run.sampler.levels, run.sampler.phases, keep=keep).latents
-        video = jnp.clip(run.networks.build("vae", params, run.frozen).decode(latents), -1, 1)
-        score = reward(video, batch["pool"])
+        video = jnp.clip(run.networks.build("vae", params, frozen).decode(latents), -1, 1)
+        score = run.networks.build("reward", params, frozen)(video, batch["pool"])
+        judge = nnx.merge(judge_graph, judge_weights)
         frames = video.reshape(-1, *video.shape[2:])
         embeddings = judge.embed(frames, score.kps.reshape(-1, 5, 2), score.mask.reshape(-1))
         pool = batch["judge_pool"]
@@ -79,7 +84,10 @@ def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, An
         loaded = [item.load() for item in items]
         batch = {n: jnp.stack([values[n] for values in loaded]) for n in (*run.batch_names, "judge_pool")}
         batch |= {"sample": start + jnp.arange(len(items)), **{k: jnp.asarray(v) for k, v in run.constants.items()}}
-        found = {name: jax.tree.map(np.asarray, sample(weights, batch)) for name, weights in params.items()}
+        found = {
+            name: jax.tree.map(np.asarray, sample(weights, run.frozen, judge_weights, batch))
+            for name, weights in params.items()
+        }
         for i, item in enumerate(items):
             clip: dict[str, Any] = {"video": item.row.video.name, "prompt": item.row.prompt}
             for name, (video, score, judged) in found.items():
