@@ -8,11 +8,13 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 from tqdm import tqdm
 
 from convert import store
@@ -69,16 +71,23 @@ class Encoders:
     def sample(self) -> Callable[[np.ndarray, str], Sample]:
         """A function from a clip [t, h, w, 3] in [-1, 1] and its prompt to a sample."""
         cfg = self.cfg
-        text = open_text_encoder(cfg, self.sources)
-        vae: VAE = store.open_component("vae", self.sources.vae, weights_dtype="float32")
-        reward = open_reward(cfg, self.sources.reward)
-        judge = open_judge(reward, self.judge) if self.judge else None
+        networks: dict[str, Any] = {
+            "text": open_text_encoder(cfg, self.sources),
+            "vae": store.open_component("vae", self.sources.vae, weights_dtype="float32"),
+            "reward": open_reward(cfg, self.sources.reward),
+        }
+        if self.judge:
+            networks["judge"] = open_judge(networks["reward"], self.judge)
+        # All weights are arguments: what a jitted function closes over becomes a constant of its program.
+        graph, weights = nnx.split(networks)
         tokenize = self.tokenizer
         end = "end_image" in cfg.inputs
         first_frame_only = DIT_PRESETS[cfg.preset].first_frame_in_latents
 
         @jax.jit
-        def encode(video: jax.Array, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        def encode(weights: nnx.State, video: jax.Array, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+            networks = nnx.merge(graph, weights)
+            vae: VAE = networks["vae"]
             image, last = video[None, 0], video[None, -1] if end else None
             if first_frame_only:
                 frames = (video.shape[0] - 1) // vae.cfg.stride[0] + 1
@@ -86,15 +95,15 @@ class Encoders:
                 y = jnp.pad(z, ((0, frames - 1), (0, 0), (0, 0), (0, 0)))
             else:
                 y = first_frame_condition(vae, image, video.shape[0], last)[0]
-            out = {"context": text.context(ids, mask)[0], "y": y}
-            out["pool"], out["found"] = reward.pool(video)
-            if judge is not None:
-                out["judge_pool"], _ = judge.pool(video)
+            out = {"context": networks["text"].context(ids, mask)[0], "y": y}
+            out["pool"], out["found"] = networks["reward"].pool(video)
+            if "judge" in networks:
+                out["judge_pool"], _ = networks["judge"].pool(video)
             return out
 
         def sample(video: np.ndarray, prompt: str) -> Sample:
             ids, mask = tokenize([prompt])
-            out = {k: np.asarray(v.astype(jnp.float32)) for k, v in encode(video, ids, mask).items()}
+            out = {k: np.asarray(v.astype(jnp.float32)) for k, v in encode(weights, video, ids, mask).items()}
             return {"ids": ids[0], "mask": mask[0], **out}
 
         return sample

@@ -55,8 +55,8 @@ def test_eight_devices_equal_one(monkeypatch, settings, tmp_path):
             assert any(not p.sharding.is_fully_replicated for p in jax.tree.leaves(state.params))
         results.append((snapshot(state.params), {k: np.asarray(v, np.float64) for k, v in metrics.items()}))
     (one, m1), (eight, m8) = results
-    for key in ("loss", "face_score", "grad_norm"):
-        np.testing.assert_allclose(m8[key], m1[key], rtol=1e-4, err_msg=key)
+    for key, tolerance in (("loss", 1e-4), ("face_score", 1e-4), ("grad_norm", 1e-3)):
+        np.testing.assert_allclose(m8[key], m1[key], rtol=tolerance, err_msg=key)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         # One Adam step turns rounding in tiny gradients into differences of the rate's size; most entries agree.
         assert np.quantile(np.abs(a - b), 0.99) < 1e-4
@@ -93,8 +93,8 @@ def test_accumulated_micro_batches_equal_one_batch(monkeypatch, settings, tmp_pa
         run = set_up(cfg, epath.Path(tmp_path))
         _, metrics = run.step(run.state, run.frozen, run.place(next(run.iterator())), run.key)
         results.append(metrics)
-    for key in ("loss", "grad_norm", "face_score"):
-        np.testing.assert_allclose(results[0][key], results[1][key], rtol=1e-4)
+    for key, tolerance in (("loss", 1e-4), ("face_score", 1e-4), ("grad_norm", 1e-3)):
+        np.testing.assert_allclose(results[0][key], results[1][key], rtol=tolerance)
 
 
 @pytest.mark.parametrize(
