@@ -19,7 +19,10 @@ def load_config(holder: flags.FlagHolder) -> Config:
     """The validated configuration of the command line."""
     if holder.value is None:
         raise UserError("--config: expected a config file, for example configs/mini.py")
-    return parse(holder.value)
+    try:
+        return parse(holder.value)
+    except OSError as error:  # a file that could not be read is only told when its values are asked for
+        raise UserError(f"--config: expected a config file ({' '.join(str(error).split())})") from None
 
 
 def open_workdir(path: str | None) -> epath.Path:
