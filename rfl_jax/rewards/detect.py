@@ -173,7 +173,7 @@ def detect(
     return Faces(pick(boxes), pick(kps), pick(raw.scores), valid)
 
 
-def largest(faces: Faces) -> tuple[Float[Array, "b 5 2"], Bool[Array, "b"]]:
+def largest(faces: Faces) -> tuple[Float[Array, "b 5 2"], Bool[Array, " b"]]:
     """Keypoints of each image's largest face (zeros where there is none), and whether there is one."""
     area = (faces.boxes[..., 2] - faces.boxes[..., 0]) * (faces.boxes[..., 3] - faces.boxes[..., 1])
     index = jnp.argmax(jnp.where(faces.valid, area, -jnp.inf), 1)

@@ -45,11 +45,11 @@ class Score:
         valid: [b] whether the sample has a face in its frames and in its pool.
     """
 
-    score: Float[Array, "b"]
+    score: Float[Array, " b"]
     per_frame: Float[Array, "b t"]
     mask: Bool[Array, "b t"]
     kps: Float[Array, "b t 5 2"]
-    valid: Bool[Array, "b"]
+    valid: Bool[Array, " b"]
 
 
 jax.tree_util.register_dataclass(Score, ["score", "per_frame", "mask", "kps", "valid"], [])
@@ -100,7 +100,7 @@ class FaceReward(nnx.Module):
         self.embedder = embedder
         self.cfg = cfg
 
-    def find(self, frames: Float[Array, "n h w 3"]) -> tuple[Float[Array, "n 5 2"], Bool[Array, "n"]]:
+    def find(self, frames: Float[Array, "n h w 3"]) -> tuple[Float[Array, "n 5 2"], Bool[Array, " n"]]:
         """Points of each frame's largest face in pixels, and whether there is one; no gradient."""
         faces = detect(
             self.detector, jax.lax.stop_gradient(frames), size=self.cfg.detector_size, compat=self.cfg.compat
@@ -108,7 +108,7 @@ class FaceReward(nnx.Module):
         kps, found = largest(faces)
         return jax.lax.stop_gradient(kps), found
 
-    def embed(self, frames: Float[Array, "n h w 3"], kps: Float[Array, "n 5 2"], found: Bool[Array, "n"]) -> Array:
+    def embed(self, frames: Float[Array, "n h w 3"], kps: Float[Array, "n 5 2"], found: Bool[Array, " n"]) -> Array:
         """Embeddings [n, e] of the faces at these points; zeros where there is none.
 
         Under `compat="insightface"` pixels outside the frame are black, as its 8-bit warp leaves them; the
@@ -125,7 +125,7 @@ class FaceReward(nnx.Module):
         crops = jnp.where(found[:, None, None, None], crops, 0)
         return jnp.where(found[:, None], self.embedder(crops), 0)
 
-    def pool(self, frames: Float[Array, "g h w 3"]) -> tuple[Float[Array, "g e"], Bool[Array, "g"]]:
+    def pool(self, frames: Float[Array, "g h w 3"]) -> tuple[Float[Array, "g e"], Bool[Array, " g"]]:
         """Embeddings of a real clip's faces (zeros without one) and where they were found."""
         kps, found = self.find(frames)
         return self.embed(frames, kps, found), found

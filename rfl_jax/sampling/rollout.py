@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from rfl_jax.sampling.schedule import TRAIN_TIMESTEPS, Phase
 
 Latents = Float[Array, "b t h w c"]
-Velocity = Callable[[Latents, Float[Array, "b"]], Latents]
+Velocity = Callable[[Latents, Float[Array, " b"]], Latents]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ jax.tree_util.register_dataclass(Rollout, ["latents", "trajectory", "kl"], [])
 def rollout(
     experts: Mapping[str, Expert],
     noise: Latents,
-    levels: Float[np.ndarray, "n"],
+    levels: Float[np.ndarray, " n"],
     phases: Sequence[Phase],
     *,
     keep: Callable[[Latents], Latents] = lambda x: x,

@@ -8,7 +8,7 @@ from jaxtyping import Float
 TRAIN_TIMESTEPS = 1000
 
 
-def sigmas(steps: int, shift: float) -> Float[np.ndarray, "n"]:
+def sigmas(steps: int, shift: float) -> Float[np.ndarray, " n"]:
     """`steps + 1` noise levels from 1 to 0 (ROLL reward_fl/euler.py): s = linspace(1, 0), shift*s / (1 + (shift-1)*s)."""
     s = np.linspace(1.0, 0.0, steps + 1)
     return (shift * s / (1 + (shift - 1) * s)).astype(np.float32)
@@ -30,7 +30,7 @@ class Phase:
     gradient: bool
 
 
-def plan_phases(levels: Float[np.ndarray, "n"], *, boundary: float | None, mid: int, final: int) -> tuple[Phase, ...]:
+def plan_phases(levels: Float[np.ndarray, " n"], *, boundary: float | None, mid: int, final: int) -> tuple[Phase, ...]:
     """Splits steps 0..final into phases.
 
     Args:

@@ -1,5 +1,6 @@
 """The training loop: steps, figures, samples, checkpoints, and stopping without loss."""
 
+import itertools
 import signal
 import time
 from types import FrameType

@@ -35,7 +35,7 @@ class Sampler:
     """
 
     dit: DiTConfig
-    levels: Float[np.ndarray, "n"]
+    levels: Float[np.ndarray, " n"]
     phases: tuple[Phase, ...]
     guidance: float
 

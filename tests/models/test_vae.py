@@ -63,7 +63,7 @@ def test_agrees_with_diffusers_through_the_converter(tmp_path, version):
 
 
 @pytest.mark.parametrize("version", CONFIGS)
-def test_chunks_equal_the_whole_clip():
+def test_chunks_equal_the_whole_clip(version):
     model = random_vae(version)
     video = clip()
     z = jax.jit(model.encode_whole)(video)

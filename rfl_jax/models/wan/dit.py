@@ -130,7 +130,7 @@ class DiT(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t h w c_in"],
-        t: Float[Array, "b *n"],
+        t: Float[Array, "b ..."],
         context: Float[Array, "b s d_text"],
     ) -> Float[Array, "b t h w c_out"]:
         """Velocity of latents `x`.
