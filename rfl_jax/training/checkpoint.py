@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -34,8 +35,7 @@ class Checkpoints:
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            key=ocp.args.JaxRandomKeySave(key),
-            data=ocp.args.JsonSave(data),
+            run=ocp.args.JsonSave({"key": jax.random.key_data(key).tolist(), "data": data}),
         )
         self._manager.save(step, args=items)
 
@@ -48,15 +48,15 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract),
-            key=ocp.args.JaxRandomKeyRestore(),
-            data=ocp.args.JsonRestore(),
+            run=ocp.args.JsonRestore(),
         )
         try:
             found = self._manager.restore(step, args=items)
         except (ValueError, KeyError, TypeError) as error:
             line = (str(error).splitlines() or [""])[0][:200]
             raise UserError(f"{self._directory}/{step}: does not fit this configuration ({line})") from None
-        return found["state"], found["key"], found["data"]
+        key = jax.random.wrap_key_data(jnp.asarray(found["run"]["key"], jnp.uint32))
+        return found["state"], key, found["run"]["data"]
 
     def close(self) -> None:
         self._manager.wait_until_finished()

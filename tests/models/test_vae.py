@@ -77,7 +77,7 @@ def test_chunks_equal_the_whole_clip(version):
     assert abs(value - whole_value) < 1e-4 * abs(whole_value) + 1e-3
     assert relative(grad, whole_grad) < 1e-4
     model.remat = False
-    assert relative(run(model.decode)[1], grad) < 1e-6
+    assert relative(run(model.decode)[1], grad) < 1e-5
 
 
 def test_condition_is_the_mask_and_the_latents_of_the_first_frame():
