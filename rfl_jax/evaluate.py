@@ -107,7 +107,7 @@ def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, An
     result["clips"] = clips
     aside = workdir / ".evaluation.json.tmp"
     aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.rename(workdir / "evaluation.json")
+    aside.replace(workdir / "evaluation.json")
     return result
 
 

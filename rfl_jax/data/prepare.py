@@ -273,7 +273,7 @@ def _write(file: epath.Path, values: Sample) -> None:
     aside = file.with_name(f".{file.name}.tmp")
     with _removed_on_failure(aside):
         aside.write_bytes(buffer.getvalue())
-        aside.rename(file)
+        aside.replace(file)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,6 @@ def export_adapters(run: Setup, state: TrainState, workdir: epath.Path) -> list[
         file = workdir / f"{name}_lora.safetensors"
         aside = file.with_name(f".{file.name}.tmp")
         aside.write_bytes(save(lora.names(arrays), metadata))
-        aside.rename(file)
+        aside.replace(file)
         files.append(file)
     return files

@@ -53,7 +53,7 @@ class Metrics:
     def _rewrite(self) -> None:
         aside = self._file.with_name(".metrics.jsonl.tmp")
         aside.write_text("".join(line + "\n" for line in self._lines))
-        aside.rename(self._file)
+        aside.replace(self._file)
 
     def write(self, figures: dict) -> None:
         """Appends a step's figures."""
