@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
     config.file_name = str(clips("train"))
     config.train_batch_size = config.per_device_train_batch_size = 8
-    config.max_steps = 60
+    config.max_steps = 40
     config.learning_rate = 2e-3
     config.warmup_steps = 5
     config.lora_rank = 8

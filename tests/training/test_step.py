@@ -173,7 +173,7 @@ def test_a_network_without_gradient_steps_cannot_train(settings):
 def test_sharding_rules_cover_every_parameter_and_none_is_unused(monkeypatch, settings, tmp_path):
     use_devices(monkeypatch, 1)
     run = set_up(settings(), epath.Path(tmp_path))
-    whole = nnx.State.merge(run.state.params["dit2"], run.frozen.rest["dit2"])
+    whole = nnx.merge_state(run.state.params["dit2"], run.frozen.rest["dit2"])
     check_rules(whole, "dit", run.mesh)
     check_rules(run.frozen.rest["dit"], "dit", run.mesh, optional=ADAPTER_PATTERNS)
     with pytest.raises(KeyError, match="matches no parameter"):
