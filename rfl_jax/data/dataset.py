@@ -10,6 +10,10 @@ from rfl_jax.data.prepare import Prepared, Sample
 from rfl_jax.errors import UserError
 
 
+# Without a number Grain's length is the largest integer, which batches of one overflow.
+EPOCHS = 1 << 20
+
+
 class _Source:
     """Random access to prepared samples; each carries its number."""
 
@@ -53,7 +57,7 @@ def make_iterator(
         batch: samples a process takes each time.
         seed: of the order, which differs from epoch to epoch.
     """
-    dataset = grain.MapDataset.source(_Source(prepared, names)).seed(seed).shuffle().repeat()
+    dataset = grain.MapDataset.source(_Source(prepared, names)).seed(seed).shuffle().repeat(EPOCHS)
     # A stride through the shuffled whole: every process sees other samples, all of them over the epochs.
     dataset = dataset[jax.process_index() :: jax.process_count()]
     return iter(dataset.batch(batch).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -100,6 +100,8 @@ def test_samples_are_shuffled_by_seed_and_resumable(tmp_path):
         assert sorted(i for batch in epoch for i in batch) == list(range(6))
     assert first[:3] != first[3:]
 
+    singles = make_iterator(prepared, ["y"], batch=1, seed=0)
+    assert sorted(int(next(singles)["sample"][0]) for _ in range(6)) == list(range(6))
     iterator = make_iterator(prepared, ["y"], batch=2, seed=0)
     for _ in range(4):
         next(iterator)
