@@ -9,7 +9,6 @@ import numpy as np
 from rfl_jax.data.prepare import Prepared, Sample
 from rfl_jax.errors import UserError
 
-
 # Without a number Grain's length is the largest integer, which batches of one overflow.
 EPOCHS = 1 << 20
 
