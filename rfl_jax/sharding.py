@@ -83,16 +83,19 @@ def shardings(state: nnx.State, network: str, mesh: Mesh) -> nnx.State:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def check_rules(state: nnx.State, network: str, mesh: Mesh, *, optional: Sequence[str] = ()) -> None:
+def check_rules(states: Sequence[nnx.State], network: str, mesh: Mesh, *, adapted: bool) -> None:
     """Raises KeyError where a parameter has no rule or a rule no parameter.
 
     Args:
-        optional: patterns that need not match (adapters of a network trained in full).
+        states: the parts of one network, trainable and frozen.
+        network: name of its table.
+        adapted: whether it has adapters, which are a part of the table only then.
     """
-    used: set[str] = set()
-    for path, leaf in nnx.to_flat_state(state):
-        spec_of(".".join(map(str, path)), leaf.shape, RULES[network], mesh, used)
-    unused = [pattern for pattern, _ in RULES[network] if pattern not in used and pattern not in optional]
+    used = set() if adapted else {pattern for pattern, _ in _ADAPTER}
+    for state in states:
+        for path, leaf in nnx.to_flat_state(state):
+            spec_of(".".join(map(str, path)), leaf.shape, RULES[network], mesh, used)
+    unused = [pattern for pattern, _ in RULES[network] if pattern not in used]
     if unused:
         raise KeyError(f"{network}: sharding rule {unused[0]!r} matches no parameter")
 
@@ -100,6 +103,3 @@ def check_rules(state: nnx.State, network: str, mesh: Mesh, *, optional: Sequenc
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-ADAPTER_PATTERNS = tuple(pattern for pattern, _ in _ADAPTER)

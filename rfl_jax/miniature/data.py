@@ -1,7 +1,8 @@
 """The miniature's clips, drawn on first use: people to train on and people held out."""
 
+import contextlib
 import csv
-import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from rfl_jax.miniature.faces import prompt, render, sample_identity, sample_scen
 from rfl_jax.miniature.world import FRAMES, SIZE
 
 SPLITS = {"train": (64, 1001), "held_out": (32, 2002)}  # clips and seed: no person is in both
+WORLD = 2  # of what is drawn; a new number makes clips of older releases unused
 
 
 def clips(split: str, folder: Path | str | None = None) -> Path:
@@ -24,14 +26,15 @@ def clips(split: str, folder: Path | str | None = None) -> Path:
     """
     count, seed = SPLITS[split]
     base = Path(folder) if folder else Path.home() / ".cache" / "rfl_jax" / "miniature"
-    done = base / f"{split}-{count}-{seed}"
+    done = base / f"{split}-{count}-{seed}-v{WORLD}"
     if (done / "metadata.csv").exists():
         return done / "metadata.csv"
-    aside = base / f".{done.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    draw_clips(aside, count, seed)
-    shutil.rmtree(done, ignore_errors=True)
-    aside.rename(done)
+    base.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{done.name}.", dir=base) as aside:
+        draw_clips(Path(aside) / "clips", count, seed)
+        # Another process may have drawn the same clips meanwhile.
+        with contextlib.suppress(OSError):
+            (Path(aside) / "clips").rename(done)
     return done / "metadata.csv"
 
 
@@ -40,7 +43,7 @@ def draw_clips(folder: Path, count: int, seed: int) -> None:
     folder.mkdir(parents=True)
     draw = jax.jit(lambda scene: render(scene, SIZE))
     rows = []
-    for i in tqdm(range(count), desc=f"drawing {folder.name.strip('.')}", disable=None):
+    for i in tqdm(range(count), desc="drawing clips", disable=None):
         k1, k2 = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
         scene = sample_scene(k2, sample_identity(k1, 1), FRAMES)
         name = f"clip_{i:03d}.mp4"

@@ -89,7 +89,7 @@ def sample_scene(key: Array, identity: Float[Array, "b i"], frames: int) -> Scen
         expression = expression.at[row, POSE.index(factor)].set(size)
     amplitude = motion[words[:, 1]] * jax.random.uniform(keys[4], (b, 1), minval=0.6)
     amplitude += expression[words[:, 2]] + drift
-    time = jnp.arange(frames)[None, :, None] / 12
+    time = jnp.arange(frames)[None, :, None] / 6
     rate = jax.random.uniform(keys[5], (b, 1, len(POSE)), minval=0.5, maxval=1.0)
     phase = jax.random.uniform(keys[6], (b, 1, len(POSE)), maxval=2 * jnp.pi)
     wave = jnp.sin(2 * jnp.pi * rate * time + phase)

@@ -22,6 +22,10 @@ from rfl_jax.models.wan.dit import DiT
 
 CLIPS = 3072
 SHIFT = 5.0
+# Noise on the conditioning latents while the experts learn, as image-to-video models are taught (Stable Video
+# Diffusion's conditioning augmentation): they take over what the frame shows, but its details only roughly. A face
+# that changes in the video is what the reward is there to mend.
+CONDITION_NOISE = 0.5
 
 
 def encoded_clips(out: Path, seed: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -60,9 +64,10 @@ def train_dit(out: Path, seed: int, scale: float) -> None:
 
     def objective(low: float, high: float):  # noqa: ANN202
         def loss(params: nnx.State, key: jax.Array) -> tuple[jax.Array, dict]:
-            k1, k2, k3 = jax.random.split(key, 3)
+            k1, k2, k3, k4 = jax.random.split(key, 4)
             rows = jax.random.randint(k1, (32,), 0, data[0].shape[0])
             x, y, context = (d[rows].astype(jnp.float32) for d in data)
+            y = y.at[..., 4:].add(CONDITION_NOISE * jax.random.normal(k4, x.shape))
             # Uniform on the shifted schedule between the borders.
             ends = [s / (SHIFT - (SHIFT - 1) * s) for s in (low, high)]
             s = jax.random.uniform(k2, (32,), minval=ends[0], maxval=ends[1])

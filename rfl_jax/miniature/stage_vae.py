@@ -52,10 +52,10 @@ def train_vae(out: Path, seed: int, scale: float) -> None:
 
         return loss
 
-    params = fit(objective(1, 12), params, steps=int(1100 * scale), learning_rate=3e-3, seed=seed, label="vae: frames")
+    params = fit(objective(1, 12), params, steps=int(1300 * scale), learning_rate=3e-3, seed=seed, label="vae: frames")
     params = jax.tree.map(lambda x: start_of_time(x) if is_causal(x) else x, params)
     params = fit(
-        objective(FRAMES, 4), params, steps=int(600 * scale), learning_rate=1.2e-3, seed=seed + 1, label="vae: clips"
+        objective(FRAMES, 4), params, steps=int(900 * scale), learning_rate=1.2e-3, seed=seed + 1, label="vae: clips"
     )
 
     model = nnx.merge(graph, params)

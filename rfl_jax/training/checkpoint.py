@@ -23,7 +23,8 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, *, keep: int = 3) -> None:
         self._directory = directory
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The last step that was written whole."""
@@ -46,21 +47,35 @@ class Checkpoints:
             UserError: the checkpoint does not fit the configuration.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        # Compared before anything is read: a read that fails leaves others running behind it.
+        found, expected = _shapes(self._manager.item_metadata(step)["state"].tree), _shapes(abstract)
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                raise UserError(
+                    f"{self._directory}/{step}: does not fit this configuration ({name}: found "
+                    f"{found.get(name, 'none')}, expected {expected.get(name, 'none')})"
+                )
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract),
             run=ocp.args.JsonRestore(),
         )
         try:
-            found = self._manager.restore(step, args=items)
-        except (ValueError, KeyError, TypeError) as error:
+            values = self._manager.restore(step, args=items)
+        except (ValueError, KeyError, TypeError, OSError) as error:
             line = (str(error).splitlines() or [""])[0][:200]
-            raise UserError(f"{self._directory}/{step}: does not fit this configuration ({line})") from None
-        key = jax.random.wrap_key_data(jnp.asarray(found["run"]["key"], jnp.uint32))
-        return found["state"], key, found["run"]["data"]
+            raise UserError(f"{self._directory}/{step}: cannot be read ({line})") from None
+        key = jax.random.wrap_key_data(jnp.asarray(values["run"]["key"], jnp.uint32))
+        return values["state"], key, values["run"]["data"]
 
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every array by its dotted name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def iterator_state(iterator: Any) -> dict:

@@ -48,7 +48,11 @@ def train(run: Setup, workdir: epath.Path) -> tuple[TrainState, bool]:
     """
     cfg = run.cfg
     checkpoints = Checkpoints(workdir / "checkpoints")
-    state, key, iterator, start = _resume(run, checkpoints)
+    try:
+        state, key, iterator, start = _resume(run, checkpoints)
+    except BaseException:
+        checkpoints.close()
+        raise
     (workdir / "config.json").write_text(dumps(cfg))
     metrics = Metrics(workdir, start=start, total=run.steps, every=cfg.logging_steps)
     peak = peak_flops()
@@ -63,7 +67,8 @@ def train(run: Setup, workdir: epath.Path) -> tuple[TrainState, bool]:
                 state, figures = run.step(state, run.frozen, batch, key)
                 collected.append(figures)
                 flops += model_flops(cfg, run.sampler, samples["y"].shape[1:4], samples["y"].shape[0])
-            means = {name: float(np.mean([float(f[name]) for f in collected])) for name in FIGURES}
+            figures = jax.device_get([{name: f[name] for name in FIGURES} for f in collected])
+            means = {name: float(np.mean([f[name] for f in figures])) for name in FIGURES}
             seconds = time.perf_counter() - begin
             step += 1
             mfu = flops * jax.process_count() / seconds / peak if peak else None

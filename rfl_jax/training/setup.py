@@ -17,7 +17,7 @@ from rfl_jax.data.prepare import Encoders, Prepared, negative_context, open_rewa
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT
-from rfl_jax.sharding import BATCH, batch_shards, make_mesh, shardings
+from rfl_jax.sharding import BATCH, batch_shards, check_rules, make_mesh, shardings
 from rfl_jax.sources import Sources, find_sources
 from rfl_jax.training.optim import learning_rate, optimizer
 from rfl_jax.training.state import Frozen, Networks, States, TrainState, create_state, split_networks
@@ -169,6 +169,9 @@ def set_up(cfg: Config, workdir: epath.Path) -> Setup:
     tx = optimizer(cfg, steps * updates_per_step)
     schedule = learning_rate(cfg, steps * updates_per_step)
 
+    for name in networks.graphs:
+        parts = [states[name] for states in (params, frozen.rest) if name in states]
+        check_rules(parts, TABLES[name], mesh, adapted=name in networks.adapted)
     params = place_states(params, mesh)
     frozen = Frozen(place_states(frozen.rest, mesh), place_states(frozen.reference, mesh))
     state, state_shardings = place_state(params, tx, mesh)

@@ -99,7 +99,7 @@ def test_splits_share_no_person_and_are_drawn_once(tmp_path, monkeypatch):
     assert [row["video"] for row in rows] == ["clip_000.mp4", "clip_001.mp4"]
     stamp = file.stat().st_mtime_ns
     assert data.clips("train", tmp_path).stat().st_mtime_ns == stamp
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["train-2-1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"train-2-1-v{data.WORLD}"]
     assert data.clips("held_out", tmp_path) != file
 
 

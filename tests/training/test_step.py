@@ -16,7 +16,7 @@ from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.rewards.face import SCORE_MEAN, SCORE_STD
 from rfl_jax.sampling.schedule import plan_phases, sigmas
-from rfl_jax.sharding import ADAPTER_PATTERNS, check_rules
+from rfl_jax.sharding import check_rules
 from rfl_jax.training import setup as run_setup
 from rfl_jax.training.setup import set_up
 from rfl_jax.training.state import Frozen, Networks
@@ -173,13 +173,13 @@ def test_a_network_without_gradient_steps_cannot_train(settings):
 def test_sharding_rules_cover_every_parameter_and_none_is_unused(monkeypatch, settings, tmp_path):
     use_devices(monkeypatch, 1)
     run = set_up(settings(), epath.Path(tmp_path))
-    whole = nnx.merge_state(run.state.params["dit2"], run.frozen.rest["dit2"])
-    check_rules(whole, "dit", run.mesh)
-    check_rules(run.frozen.rest["dit"], "dit", run.mesh, optional=ADAPTER_PATTERNS)
+    adapters, weights = run.state.params["dit2"], run.frozen.rest["dit2"]
+    check_rules([adapters, weights], "dit", run.mesh, adapted=True)
+    check_rules([weights], "dit", run.mesh, adapted=False)
     with pytest.raises(KeyError, match="matches no parameter"):
-        check_rules(run.frozen.rest["dit"], "dit", run.mesh)
+        check_rules([weights], "dit", run.mesh, adapted=True)
     with pytest.raises(KeyError, match="no sharding rule for"):
-        check_rules(run.frozen.rest["dit"], "umt5", run.mesh)
+        check_rules([weights], "umt5", run.mesh, adapted=False)
 
 
 def test_first_frame_in_the_latents_has_timestep_zero_and_guidance_extrapolates():
