@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.remat_policy = "none"
     config.reward.detector_size = SIZE
     config.data.num_frames = FRAMES
+    config.data.max_pixels = SIZE * SIZE
     config.eval.file_name = str(clips("held_out"))
     config.eval.judge_model_path = judge_path()
     config.eval.num_samples = 24

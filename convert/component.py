@@ -44,6 +44,14 @@ class Component:
         Raises:
             UserError: unreadable files, or tensors that are missing, unexpected or misshapen.
         """
+        reader, cfg, assignments, target = self._plan(sources, hints)
+        return cfg, fill(assignments, target, reader.read, np.dtype(jnp.dtype(dtype)) if dtype else None)
+
+    def describe(self, sources: Sequence[Path | str]) -> Any:
+        """The config alone: only headers are read."""
+        return self._plan(sources, {})[1]
+
+    def _plan(self, sources: Sequence[Path | str], hints: dict) -> tuple[SafetensorsReader, object, Any, Shapes]:
         unknown = sorted(set(hints) - set(self.hint_names))
         if unknown:
             raise UserError(
@@ -58,7 +66,7 @@ class Component:
             assignments = plan(rules, reader.shapes, target, what=self.name)
         except UserError as error:
             raise UserError(f"{paths[0]}: {error}") from None
-        return cfg, fill(assignments, target, reader.read, np.dtype(jnp.dtype(dtype)) if dtype else None)
+        return reader, cfg, assignments, target
 
     def load(self, source: Path | str | Sequence[Path | str], *, dtype: str | None = None, **hints: Any) -> Any:
         """The Flax module filled with a checkpoint's weights, in memory.

@@ -13,6 +13,7 @@ from flax import nnx
 
 from convert import arcface, dit, scrfd, umt5, vae
 from rfl_jax.errors import UserError
+from rfl_jax.files import absolute, array_handler
 from rfl_jax.models.umt5 import UMT5Config
 from rfl_jax.models.wan.config import DiTConfig, VAEConfig
 from rfl_jax.models.weights import set_arrays
@@ -45,11 +46,15 @@ def build(kind: str, cfg: Any, **options: Any) -> nnx.Module:
 def save(directory: str, kind: str, cfg: Any, arrays: dict[str, np.ndarray]) -> None:
     """Writes weights and their description; Orbax renames the finished folder into place."""
     description = {"component": kind, "config": _to_json(cfg)}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(_handler()) as checkpointer:
         checkpointer.save(
-            epath.Path(directory).resolve(),
-            ocp.args.Composite(weights=ocp.args.StandardSave(arrays), description=ocp.args.JsonSave(description)),
+            absolute(directory),
+            ocp.args.Composite(weights=ocp.args.PyTreeSave(arrays), description=ocp.args.JsonSave(description)),
         )
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(weights=array_handler(), description=ocp.JsonCheckpointHandler())
 
 
 def is_converted(directory: str) -> bool:
@@ -59,16 +64,26 @@ def is_converted(directory: str) -> bool:
 
 def restore(directory: str) -> tuple[str, Any, dict[str, Any]]:
     """Component, config and arrays of converted weights."""
-    path = epath.Path(directory).resolve()
+    path = absolute(directory)
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(_handler()) as checkpointer:
             found = checkpointer.restore(
-                path, ocp.args.Composite(weights=ocp.args.StandardRestore(), description=ocp.args.JsonRestore())
+                path, ocp.args.Composite(weights=ocp.args.PyTreeRestore(), description=ocp.args.JsonRestore())
             )
         kind = found.description["component"]
         return kind, _from_json(kind, found.description["config"]), found.weights
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{directory}: expected weights written by python -m convert ({_first_line(error)})") from None
+
+
+def describe(kind: str, sources: list[str]) -> Any:
+    """The config of a component, from the description or the headers of its files."""
+    if len(sources) == 1 and is_converted(sources[0]):
+        with ocp.Checkpointer(_handler()) as checkpointer:
+            items = ocp.args.Composite(description=ocp.args.JsonRestore())
+            content = checkpointer.restore(absolute(sources[0]), items).description
+        return _from_json(content["component"], content["config"])
+    return SAFETENSORS[kind].describe(sources) if kind in SAFETENSORS else ONNX[kind].convert(sources[0])[0]
 
 
 def open_component(kind: str, sources: list[str], *, weights_dtype: str | None = None, **options: Any) -> Any:

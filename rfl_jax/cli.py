@@ -1,11 +1,15 @@
 """What the commands share: `--config`, `--workdir`, and refusal in one line."""
 
+import os
+import sys
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from rfl_jax import hosts
 from rfl_jax.config import Config, parse
 from rfl_jax.errors import UserError, refuse_in_one_line
 
@@ -13,6 +17,11 @@ from rfl_jax.errors import UserError, refuse_in_one_line
 def define_config() -> flags.FlagHolder:
     """The `--config=FILE[:ARG]` flag with `--config.key=value` overrides."""
     return config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+
+
+def define_distributed() -> flags.FlagHolder:
+    """The `--distributed` flag of commands that run on several hosts."""
+    return flags.DEFINE_boolean("distributed", False, "Run on several hosts: the same command on each.")
 
 
 def load_config(holder: flags.FlagHolder) -> Config:
@@ -36,11 +45,12 @@ def open_workdir(path: str | None) -> epath.Path:
     workdir = epath.Path(path)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
+        probe = workdir / f".writable-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"--workdir: {path}: not writable ({error.strerror})") from None
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--workdir: {path}: not writable ({reason})") from None
     return workdir
 
 
@@ -59,6 +69,25 @@ def run(main: Callable[[], None], command: str) -> None:
             raise UserError(f"{rest[1]}: unexpected argument, expected --flag=value")
         return rest
 
+    def guarded(_: list[str]) -> None:
+        distributed = "distributed" in flags.FLAGS and flags.FLAGS.distributed
+        if not distributed:
+            return main()
+        hosts.join()
+        try:
+            return main()
+        except jax.errors.JaxRuntimeError as error:
+            # What a collective says when its other end is gone depends on the transport.
+            line = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            print(
+                f"{command}: another host of this run stopped, or the connection to it ({line}); "
+                "the same command on all hosts goes on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            # Without the others an orderly end would wait for them.
+            os._exit(1)
+
     logging.set_verbosity(logging.WARNING)
     with refuse_in_one_line(command):
-        app.run(lambda _: main(), flags_parser=parse_flags)
+        app.run(guarded, flags_parser=parse_flags)

@@ -20,6 +20,7 @@ from rfl_jax.rewards.face import RewardConfig
 TRAINABLE = ("dit", "dit2", "vae", "text_encoder")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +30,12 @@ class MeshSection:
     Attributes:
         data: replicas of the weights.
         fsdp: shards of the weights; samples are spread over data x fsdp.
+        context: shards of each sample (tokens, frames, columns of pixels), and of the weights.
     """
 
     data: int = -1
     fsdp: int = 1
+    context: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +56,15 @@ class NoiseSection:
     """Start noise.
 
     Attributes:
-        mode: "fresh" draws one for each (seed, sample, step); "fixed" is the original's single noise for all.
+        mode: "fresh" draws one for each (seed, sample, epoch); "fixed" is the original's single noise for all.
+        per_sample: how many fresh noises a clip has before the first comes again; 0: never.
+        prefix_cache: whether the denoising steps before the first network that trains are computed once, in
+            preparation: "auto" where they are the same in every epoch, "on", "off".
     """
 
     mode: str = "fresh"
+    per_sample: int = 4
+    prefix_cache: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +154,8 @@ class Config:
     sample_every: int = 25
     dtype: str = "bfloat16"
     remat_policy: str = ""
+    vae_caches: str = "keep"
+    attention: str = "auto"
     mesh: MeshSection = MeshSection()
     reward: RewardSection = RewardSection()
     noise: NoiseSection = NoiseSection()
@@ -256,6 +266,9 @@ def _check(cfg: Config) -> None:
     need(cfg.lr_scheduler_type in SCHEDULERS, "lr_scheduler_type", f"one of {', '.join(SCHEDULERS)}")
     need(cfg.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
     need(cfg.remat_policy in ("", *remat.NAMES), "remat_policy", f"one of {', '.join(remat.NAMES)}, or empty")
+    need(cfg.vae_caches in remat.VAE_CACHES, "vae_caches", f"one of {', '.join(remat.VAE_CACHES)}")
+    need(cfg.vae_caches == "keep" or cfg.policy != "none", "vae_caches", "keep, as nothing is rematerialised")
+    need(cfg.attention in ATTENTIONS, "attention", f"one of {', '.join(ATTENTIONS)}")
     need(bool(cfg.trained), "trainable_models", f"at least one of {', '.join(TRAINABLE)}")
     need(set(_names(cfg.trainable_models)) <= set(TRAINABLE), "trainable_models", f"some of {', '.join(TRAINABLE)}")
     need(set(cfg.adapted) <= {"dit", "dit2"}, "lora_base_model", "some of dit, dit2, or empty")
@@ -281,6 +294,8 @@ def _check(cfg: Config) -> None:
         "input_image or input_image,end_image",
     )
     need(cfg.noise.mode in ("fresh", "fixed"), "noise.mode", "fresh or fixed")
+    need(cfg.noise.per_sample >= 0, "noise.per_sample", "a number of at least 0")
+    need(cfg.noise.prefix_cache in ("auto", "on", "off"), "noise.prefix_cache", "auto, on or off")
     need(cfg.reward.compat in COMPATS, "reward.compat", f"one of {', '.join(COMPATS)}")
     need(cfg.reward.channel_order in ("rgb", "bgr"), "reward.channel_order", "rgb or bgr")
     need(
@@ -290,13 +305,13 @@ def _check(cfg: Config) -> None:
     need(cfg.data.on_bad_row in ("error", "skip"), "data.on_bad_row", "error or skip")
     need(cfg.data.num_frames >= 5 and cfg.data.num_frames % 4 == 1, "data.num_frames", "4n+1 frames, at least 5")
     need((cfg.data.height > 0) == (cfg.data.width > 0), "data.height", "height and width both, or neither")
-    for axis in ("data", "fsdp"):
+    for axis in ("data", "fsdp", "context"):
         need(
             getattr(cfg.mesh, axis) == -1 or getattr(cfg.mesh, axis) >= 1,
             f"mesh.{axis}",
             "at least 1, or -1 for the rest",
         )
-    need(not cfg.mesh.data == cfg.mesh.fsdp == -1, "mesh.data", "at most one axis of -1")
+    need(dataclasses.astuple(cfg.mesh).count(-1) <= 1, "mesh.data", "at most one axis of -1")
     need(
         bool(cfg.eval.judge_model_path) or not cfg.eval.file_name,
         "eval.judge_model_path",

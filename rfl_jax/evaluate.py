@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -21,16 +23,16 @@ from rfl_jax.config import parse
 from rfl_jax.data.prepare import open_judge
 from rfl_jax.data.videos import to_uint8, write_video
 from rfl_jax.errors import UserError
+from rfl_jax.files import write_whole
+from rfl_jax.hosts import is_writer, place
 from rfl_jax.rewards.face import Score, cosine_with_pool, usable_pool
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.training.checkpoint import Checkpoints
-from rfl_jax.training.setup import Setup, set_up
+from rfl_jax.training.setup import Setup, evaluation_key, set_up
 from rfl_jax.training.state import Frozen, States, TrainState
 from rfl_jax.training.step import bind_experts, latent_shape, start_noise
 
 FIGURES = ("face_sim", "judge_sim", "motion", "face_fraction")
-# Folded into the run's key, so that no clip is judged on a noise it was trained on.
-EVALUATION = 0x5EED
 BATCH = 8  # clips sampled together
 
 
@@ -52,21 +54,25 @@ def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, An
         The content of evaluation.json.
     """
     cfg = run.cfg
-    key = jax.random.fold_in(run.key, EVALUATION)
+    key = evaluation_key(run.key)
     reward = run.networks.build("reward", {}, run.frozen)
     judge_graph, judge_weights = nnx.split(open_judge(reward, cfg.eval.judge_model_path))
+    whole = NamedSharding(run.mesh, PartitionSpec())
+    judge_weights = jax.tree.map(lambda x: place(x, whole), judge_weights)
 
     # All weights are arguments: what a jitted function closes over becomes a constant of its program.
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=whole)
     def sample(
-        params: States, frozen: Frozen, judge_weights: nnx.State, batch: dict[str, jax.Array]
+        params: States, frozen: Frozen, judge_weights: nnx.State, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, Score, jax.Array]:
         experts, keep = bind_experts(run.networks, run.sampler, params, frozen, batch)
-        shape = latent_shape(run.sampler, batch)
-        noise = start_noise(key, batch["sample"], jnp.int32(0), shape, "fresh")
+        start = batch.get("prefix")
+        if start is None:
+            first = jnp.zeros_like(batch["sample"])
+            start = start_noise(key, batch["sample"], first, latent_shape(run.sampler, batch), "fresh")
         # Without references: the KL is not asked for.
         experts = {name: dataclasses.replace(e, reference=None) for name, e in experts.items()}
-        latents = rollout(experts, noise, run.sampler.levels, run.sampler.phases, keep=keep).latents
+        latents = rollout(experts, start, run.sampler.levels, run.sampler.phases, keep=keep).latents
         video = jnp.clip(run.networks.build("vae", params, frozen).decode(latents), -1, 1)
         score = run.networks.build("reward", params, frozen)(video, batch["pool"])
         judge = nnx.merge(judge_graph, judge_weights)
@@ -82,12 +88,15 @@ def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, An
     for start in tqdm(range(0, len(run.held_out), BATCH), desc="evaluate", disable=None):
         items = run.held_out[start : start + BATCH]
         loaded = [item.load() for item in items]
-        batch = {n: jnp.stack([values[n] for values in loaded]) for n in (*run.batch_names, "judge_pool")}
-        batch |= {"sample": start + jnp.arange(len(items)), **{k: jnp.asarray(v) for k, v in run.constants.items()}}
-        found = {
-            name: jax.tree.map(np.asarray, sample(weights, run.frozen, judge_weights, batch))
-            for name, weights in params.items()
-        }
+        batch = {n: np.stack([values[n] for values in loaded]) for n in (*run.batch_names, "judge_pool")}
+        if items[0].prefix:
+            batch["prefix"] = np.stack([item.load_prefix(0) for item in items])
+        batch |= {"sample": np.arange(start, start + len(items), dtype=np.int32), **run.constants}
+        with jax.set_mesh(run.mesh):
+            found = {
+                name: jax.tree.map(np.asarray, sample(weights, run.frozen, judge_weights, batch, key))
+                for name, weights in params.items()
+            }
         for i, item in enumerate(items):
             clip: dict[str, Any] = {"video": item.row.video.name, "prompt": item.row.prompt}
             for name, (video, score, judged) in found.items():
@@ -98,16 +107,16 @@ def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, An
                     "motion": motion(score.kps[i], mask),
                     "face_fraction": float(mask.mean()),
                 }
-                write_video(workdir / "evaluation" / f"{start + i:03d}_{name}.mp4", to_uint8(video[i]))
+                if is_writer():
+                    write_video(workdir / "evaluation" / f"{start + i:03d}_{name}.mp4", to_uint8(video[i]))
             clips.append(clip)
     result: dict[str, Any] = {
         figure: {name: float(np.mean([c[name][figure] for c in clips])) for name in ("base", "tuned")}
         for figure in FIGURES
     }
     result["clips"] = clips
-    aside = workdir / ".evaluation.json.tmp"
-    aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.replace(workdir / "evaluation.json")
+    if is_writer():
+        write_whole(workdir / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -120,7 +129,7 @@ def untrained(run: Setup, state: TrainState) -> States:
     return {
         name: jax.tree_util.tree_map_with_path(without_product, params)
         if name in run.networks.adapted
-        else jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), run.frozen.reference[name])
+        else jax.tree.map(lambda x: x.astype(jnp.float32), run.frozen.reference[name])
         for name, params in state.params.items()
     }
 

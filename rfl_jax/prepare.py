@@ -23,5 +23,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
+    cli.define_distributed()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
     cli.run(main, "prepare")

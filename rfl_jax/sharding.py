@@ -1,35 +1,42 @@
-"""Which axis of which array lies on which axis of the mesh: one ordered table a network."""
+"""Which axis of which array lies on which axis of the mesh: one ordered table a network, and pins for activations."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax import Array
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rfl_jax.errors import UserError
 
 P = PartitionSpec
+T = TypeVar("T")
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-# Samples are spread over both axes; weights over fsdp, on a dimension that every layer has.
-BATCH = P(("data", "fsdp"))
+AXES = ("data", "fsdp", "context")
+# Samples are spread over data and fsdp, their tokens, frames or columns over context. Weights lie in pieces wherever
+# samples differ or are shared out: on a dimension that every layer has.
+SAMPLES = ("data", "fsdp")
+BATCH = P(SAMPLES)
+PIECES = ("fsdp", "context")
 
-_ADAPTER = (r"blocks\..*\.lora_a", P(None, "fsdp", None)), (r"blocks\..*\.lora_b", P(None, None, "fsdp"))
+_ADAPTER = (r"blocks\..*\.lora_a", P(None, PIECES, None)), (r"blocks\..*\.lora_b", P(None, None, PIECES))
 RULES: dict[str, Rules] = {
     "dit": (
         *_ADAPTER,
-        (r"blocks\..*\.kernel", P(None, "fsdp", None)),
+        (r"blocks\..*\.kernel", P(None, PIECES, None)),
         (r"blocks\..*\.(bias|scale)", P(None, None)),
-        (r"blocks\.modulation", P(None, None, "fsdp")),
-        (r"[a-z_]+\.kernel", P("fsdp", None)),
+        (r"blocks\.modulation", P(None, None, PIECES)),
+        (r"[a-z_]+\.kernel", P(PIECES, None)),
         (r"[a-z_]+\.bias", P(None)),
         (r"head_modulation", P(None, None)),
     ),
     "umt5": (
-        (r"embedding", P("fsdp", None)),
-        (r"blocks\..*\.kernel", P(None, "fsdp", None)),
+        (r"embedding", P(PIECES, None)),
+        (r"blocks\..*\.kernel", P(None, PIECES, None)),
         (r"blocks\..*\.scale", P(None, None)),
         (r"blocks\.position_bias", P(None, None, None)),
         (r"norm\.scale", P(None)),
@@ -40,22 +47,23 @@ RULES: dict[str, Rules] = {
 }
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices.
 
     Args:
         sizes: devices along each axis; one may be -1 and takes the rest.
+        devices: of a topology; this machine's by default.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
-    known = int(np.prod([n for n in sizes.values() if n != -1]))
-    shape = [devices // known if n == -1 else n for n in sizes.values()]
-    if int(np.prod(shape)) != devices:
+    count = len(devices) if devices is not None else jax.device_count()
+    known = math.prod(n for n in sizes.values() if n != -1)
+    shape = [count // known if n == -1 else n for n in sizes.values()]
+    if math.prod(shape) != count:
         wanted = ", ".join(f"{axis}={n}" for axis, n in sizes.items())
-        raise UserError(f"config.mesh: {wanted} does not fill {devices} devices")
-    return jax.make_mesh(tuple(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+        raise UserError(f"config.mesh: {wanted} does not fill {count} devices")
+    return jax.make_mesh(tuple(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
 def spec_of(name: str, shape: Sequence[int], rules: Rules, mesh: Mesh, used: set[str] | None = None) -> PartitionSpec:
@@ -68,8 +76,12 @@ def spec_of(name: str, shape: Sequence[int], rules: Rules, mesh: Mesh, used: set
         if re.fullmatch(pattern, name):
             if used is not None:
                 used.add(pattern)
-            return P(*(a if a is None or shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(spec)))
+            return P(*(a if a is None or shape[i] % _size(a, mesh) == 0 else None for i, a in enumerate(spec)))
     raise KeyError(f"no sharding rule for {name}")
+
+
+def _size(axes: str | tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
+    return math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
 
 
 def shardings(state: nnx.State, network: str, mesh: Mesh) -> nnx.State:
@@ -100,6 +112,48 @@ def check_rules(states: Sequence[nnx.State], network: str, mesh: Mesh, *, adapte
         raise KeyError(f"{network}: sharding rule {unused[0]!r} matches no parameter")
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return _size(SAMPLES, mesh)
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh under whose `jax.set_mesh` the caller is traced, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.axis_names != AXES else mesh
+
+
+def context_shards() -> int:
+    """Into how many parts a sample's tokens are split."""
+    mesh = current_mesh()
+    return 1 if mesh is None else mesh.shape["context"]
+
+
+def divided_batch(samples: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...] | None:
+    """The axes over which a batch lies; None where they do not divide it (then it is everywhere)."""
+    return SAMPLES if samples % batch_shards(mesh) == 0 else None
+
+
+def pin(x: Array, *rest: str | tuple[str, ...] | None) -> Array:
+    """Pins an activation to the current mesh: samples on axis 0, the other axes as given. Without a mesh, nothing."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(divided_batch(x.shape[0], mesh), *rest))
+
+
+def gather(weights: T) -> T:
+    """One layer's weights whole on every device, for as long as the layer runs. Left to itself the compiler may gather
+    the activations instead, where they are smaller.
+    """
+    if current_mesh() is None:
+        return weights
+    return jax.tree.map(lambda w: jax.lax.with_sharding_constraint(w, P()), weights)
+
+
+def pin_frames(x: Array) -> Array:
+    """Pins frames of all samples, axis 0, to all devices."""
+    mesh = current_mesh()
+    if mesh is None or x.shape[0] % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(AXES))

@@ -5,6 +5,7 @@ import fnmatch
 import json
 from pathlib import Path
 
+from etils import epath
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -53,7 +54,7 @@ def find_sources(cfg: Config, *, experts: int) -> Sources:
         raise UserError(f"config.model_paths: {len(entries)} entries, expected {len(names)}: {', '.join(names)}")
     for name, entry in zip(names, entries, strict=True):
         for file in entry:
-            if not Path(file).exists():
+            if not epath.Path(file).exists():
                 raise UserError(f"config.model_paths: {file}: no such file or folder, expected the {name}")
     tokenizer = cfg.tokenizer_path or _fetch(f"{TOKENIZER_REPOSITORY}:{TOKENIZER_FILE}")[0]
     first, *middle = entries[: len(entries) - 2]

@@ -6,6 +6,7 @@ from absl import flags
 
 from rfl_jax import cli
 from rfl_jax.evaluate import evaluate, show
+from rfl_jax.hosts import is_writer
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
 from rfl_jax.training.setup import set_up
@@ -19,14 +20,19 @@ def main() -> None:
     if not finished:
         print(f"stopped; the same command goes on from here ({workdir})", file=sys.stderr)
         sys.exit(130)
-    for file in export_adapters(run, state, workdir):
+    files = export_adapters(run, state, workdir)
+    result = evaluate(run, state, workdir) if cfg.eval.file_name else None
+    if not is_writer():
+        return
+    for file in files:
         print(f"adapters: {file}")
-    if cfg.eval.file_name:
-        show(evaluate(run, state, workdir))
+    if result:
+        show(result)
     print(f"run: {workdir} (metrics.jsonl, samples/, checkpoints/)")
 
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config()
+    cli.define_distributed()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, samples, checkpoints.")
     cli.run(main, "train")

@@ -9,3 +9,5 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Many tests compile the same step; the second one reads it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
+pytest_plugins = ["tests.runs"]

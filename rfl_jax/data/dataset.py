@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import grain
-import jax
 import numpy as np
 
 from rfl_jax.data.prepare import Prepared, Sample
@@ -11,21 +10,6 @@ from rfl_jax.errors import UserError
 
 # Without a number Grain's length is the largest integer, which batches of one overflow.
 EPOCHS = 1 << 20
-
-
-class _Source:
-    """Random access to prepared samples; each carries its number."""
-
-    def __init__(self, prepared: Sequence[Prepared], names: Sequence[str]) -> None:
-        self._prepared = prepared
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._prepared)
-
-    def __getitem__(self, index: int) -> Sample:
-        values = self._prepared[index].load()
-        return {"sample": np.array(index, np.int32), **{name: values[name] for name in self._names}}
 
 
 def check_shapes(prepared: Sequence[Prepared], batch: int) -> None:
@@ -46,17 +30,42 @@ def check_shapes(prepared: Sequence[Prepared], batch: int) -> None:
 
 
 def make_iterator(
-    prepared: Sequence[Prepared], names: Sequence[str], *, batch: int, seed: int
+    prepared: Sequence[Prepared],
+    names: Sequence[str],
+    *,
+    batch: int,
+    seed: int,
+    noises: int,
+    share: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """An endless iterator over batches of this process's share; its state can be saved.
 
     Args:
         prepared: all samples.
-        names: arrays a sample gives.
+        names: arrays a sample gives; besides, "sample" is its number and "noise_index" which of its noises it starts
+            from: the next one every epoch.
         batch: samples a process takes each time.
         seed: of the order, which differs from epoch to epoch.
+        noises: a sample's noises, after which the first comes again; 0: never.
+        share: number of this process's part of every batch, and the number of parts.
     """
-    dataset = grain.MapDataset.source(_Source(prepared, names)).seed(seed).shuffle().repeat(EPOCHS)
-    # A stride through the shuffled whole: every process sees other samples, all of them over the epochs.
-    dataset = dataset[jax.process_index() :: jax.process_count()]
-    return iter(dataset.batch(batch).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+    def load(position: int, number: int) -> Sample:
+        epoch = position // len(prepared)
+        index = epoch % noises if noises else epoch
+        item = prepared[number]
+        values = item.load()
+        sample = {"sample": np.array(number, np.int32), "noise_index": np.array(index, np.int32)}
+        sample |= {name: values[name] for name in names}
+        return sample | ({"prefix": item.load_prefix(index)} if item.prefix else {})
+
+    dataset = grain.MapDataset.source(range(len(prepared))).seed(seed).shuffle().repeat(EPOCHS)
+    # The parts of a batch are its consecutive rows, so that the batch is the same however many processes feed it.
+    part, parts = share
+    positions = dataset.map_with_index(lambda position, number: (position, number)).batch(batch * parts, batch_fn=list)
+    mine = positions.map(lambda rows: _stack([load(*row) for row in rows[part * batch : (part + 1) * batch]]))
+    return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def _stack(samples: Sequence[Sample]) -> Sample:
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -1,12 +1,11 @@
 """What is computed once for each clip and cached: text features, first-frame conditioning, face pool."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ from flax import nnx
 from tqdm import tqdm
 
 from convert import store
+from rfl_jax import hosts
 from rfl_jax.config import Config
 from rfl_jax.data.metadata import Row
 from rfl_jax.data.text import PromptTokenizer
 from rfl_jax.data.videos import read_clip
 from rfl_jax.errors import UserError
+from rfl_jax.files import files_below, write_whole
 from rfl_jax.models.umt5 import UMT5Encoder
 from rfl_jax.models.wan.conditioning import first_frame_condition
 from rfl_jax.models.wan.config import DIT_PRESETS
@@ -41,14 +42,19 @@ class Prepared:
     Attributes:
         row: where it is listed.
         file: npz with ids, mask, context, y, pool, and judge_pool where a judge was given.
+        prefix: for each of its noises an npz with the latents after the cached steps; empty without such a cache.
     """
 
     row: Row
     file: epath.Path
+    prefix: tuple[epath.Path, ...] = ()
 
     def load(self) -> Sample:
-        with np.load(io.BytesIO(self.file.read_bytes())) as content:
-            return dict(content)
+        return read_arrays(self.file)
+
+    def load_prefix(self, index: int) -> np.ndarray:
+        """Latents [t, h, w, c] of one noise."""
+        return read_arrays(self.prefix[index])["latents"]
 
 
 class Encoders:
@@ -171,10 +177,12 @@ def prepare(encoders: Encoders, rows: Sequence[Row], cache: epath.Path, *, liste
     """
     cfg = encoders.cfg
     base = _settings_hash(cfg, encoders.sources, encoders.judge)
-    prepared, bad = [], []
     cache.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(rows, desc="prepare", disable=None)
-    for row in bar:
+    # Every process takes its part of the rows.
+    part, parts = jax.process_index(), jax.process_count()
+    found: dict[int, str] = {}
+    errors: dict[int, str] = {}
+    for row in tqdm(rows[part::parts], desc="prepare", disable=None):
         try:
             key = _row_hash(base, row)
             file = cache / f"{key}.npz"
@@ -183,18 +191,40 @@ def prepare(encoders: Encoders, rows: Sequence[Row], cache: epath.Path, *, liste
                 values = encoders.sample(video, row.prompt)
                 if not values.pop("found")[0]:
                     raise UserError(f"{row.video}: no face in the first frame")
-                _write(file, values)
-            prepared.append(Prepared(row, file))
+                write_arrays(file, values)
+            found[row.number] = file.name
         except UserError as error:
+            errors[row.number] = str(error)
             if cfg.data.on_bad_row == "error":
-                raise UserError(f"{listed_in}: row {row.number}: {error}") from None
-            bad.append(row.number)
-            tqdm.write(f"{listed_in}: row {row.number} left out: {error}")
+                break
+    for of_process in _exchange(cache, {"found": found, "errors": errors}):
+        found |= {int(number): name for number, name in of_process["found"].items()}
+        errors |= {int(number): text for number, text in of_process["errors"].items()}
+    if errors and cfg.data.on_bad_row == "error":
+        number = min(errors)
+        raise UserError(f"{listed_in}: row {number}: {errors[number]}")
+    bad = sorted(errors)
+    for number in bad if hosts.is_writer() else []:
+        tqdm.write(f"{listed_in}: row {number} left out: {errors[number]}")
+    prepared = [Prepared(row, cache / found[row.number]) for row in rows if row.number in found]
     if not prepared:
         raise UserError(f"{listed_in}: none of its {len(rows)} rows can be used")
-    if bad:
+    if bad and hosts.is_writer():
         print(f"{len(bad)} of {len(rows)} rows left out: {', '.join(map(str, bad))}")
     return prepared
+
+
+def _exchange(cache: epath.Path, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every process found, by way of the folder that they share."""
+    if jax.process_count() == 1:
+        return [mine]
+    files = [cache / f".process-{i}.json" for i in range(jax.process_count())]
+    files[jax.process_index()].write_text(json.dumps(mine))
+    hosts.wait("rows are prepared")
+    content = [json.loads(file.read_text()) for file in files]
+    hosts.wait("rows are read")
+    files[jax.process_index()].unlink()
+    return content
 
 
 def negative_context(cfg: Config, sources: Sources) -> np.ndarray:
@@ -244,10 +274,10 @@ def _settings_hash(cfg: Config, sources: Sources, judge: str) -> str:
 def fingerprint(path: str) -> str:
     """A short hash of a file or folder: names, sizes, and the first and last 64 KiB of each file."""
     digest = hashlib.sha256()
-    root = Path(path)
-    for file in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root)}:{size}".encode())
+    root = epath.Path(path)
+    for file in files_below(root):
+        size = file.stat().length
+        digest.update(f"{str(file).removeprefix(str(root))}:{size}".encode())
         with file.open("rb") as stream:
             digest.update(stream.read(65536))
             stream.seek(max(0, size - 65536))
@@ -267,19 +297,14 @@ def _row_hash(base: str, row: Row) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write(file: epath.Path, values: Sample) -> None:
+def read_arrays(file: epath.Path) -> Sample:
+    """The content of an npz."""
+    with np.load(io.BytesIO(file.read_bytes())) as content:
+        return dict(content)
+
+
+def write_arrays(file: epath.Path, values: Sample) -> None:
+    """An npz, whole or not at all."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **values)
-    aside = file.with_name(f".{file.name}.tmp")
-    with _removed_on_failure(aside):
-        aside.write_bytes(buffer.getvalue())
-        aside.replace(file)
-
-
-@contextlib.contextmanager
-def _removed_on_failure(file: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
+    write_whole(file, buffer.getvalue())

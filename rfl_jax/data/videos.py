@@ -1,5 +1,6 @@
 """Video files to frames and back (PyAV), and the size a clip is brought to."""
 
+import io
 import math
 from collections.abc import Iterator
 from fractions import Fraction
@@ -12,6 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from rfl_jax.errors import UserError
+from rfl_jax.files import write_whole
 
 
 def _frames(path: Path) -> Iterator[Image.Image]:
@@ -81,10 +83,9 @@ def read_clip(
 
 
 def write_video(path: Path | epath.Path, frames: UInt8[np.ndarray, "t h w 3"], *, fps: int = 16) -> None:
-    """Writes an H.264 mp4, aside and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    with av.open(str(aside), "w", format="mp4") as container:
+    """Writes an H.264 mp4, whole or not at all."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -93,7 +94,7 @@ def write_video(path: Path | epath.Path, frames: UInt8[np.ndarray, "t h w 3"], *
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
-    aside.replace(path)
+    write_whole(path, buffer.getvalue())
 
 
 def to_uint8(frames: Float[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:

@@ -13,7 +13,7 @@ from rfl_jax.data.videos import to_uint8, write_video
 from rfl_jax.miniature.faces import prompt, render, sample_identity, sample_scene
 from rfl_jax.miniature.world import FRAMES, SIZE
 
-SPLITS = {"train": (64, 1001), "held_out": (32, 2002)}  # clips and seed: no person is in both
+SPLITS = {"train": (320, 1001), "held_out": (32, 2002)}  # clips and seed: no person is in both
 WORLD = 2  # of what is drawn; a new number makes clips of older releases unused
 
 

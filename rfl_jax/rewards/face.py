@@ -11,6 +11,7 @@ from rfl_jax.rewards.align import align, similarity
 from rfl_jax.rewards.arcface import IResNet
 from rfl_jax.rewards.detect import detect, largest
 from rfl_jax.rewards.scrfd import SCRFD
+from rfl_jax.sharding import context_shards, pin, pin_frames
 
 # The original's normalisation of the score (ROLL reward_fl/modules/wan_module.py).
 SCORE_MEAN, SCORE_STD, LOSS_WEIGHT = 0.54, 0.16, 0.1
@@ -138,12 +139,15 @@ class FaceReward(nnx.Module):
             pool: embeddings of the real clips' frames, zeros where they have no face.
         """
         b, t = video.shape[:2]
-        frames = jnp.clip(video, -1, 1).reshape(b * t, *video.shape[2:])
+        # Frames are spread over the mesh; black ones, which have no face, fill up what it does not divide.
+        extra = -t % context_shards()
+        video = jnp.pad(jnp.clip(video, -1, 1), ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)), constant_values=-1)
+        frames = pin_frames(pin(video, "context").reshape(-1, *video.shape[2:]))
         kps, found = self.find(frames)
-        embeddings = self.embed(frames, kps, found).reshape(b, t, -1)
-        mask = found.reshape(b, t)
+        embeddings = self.embed(frames, kps, found).reshape(b, t + extra, -1)[:, :t]
+        kps, mask = kps.reshape(b, t + extra, 5, 2)[:, :t], found.reshape(b, t + extra)[:, :t]
         pool_mask = usable_pool(pool, use_first_frame=self.cfg.use_first_frame)
         per_frame = cosine_with_pool(embeddings, pool, pool_mask) * mask
         score = jnp.sum(per_frame, 1) / jnp.maximum(jnp.sum(mask, 1), 1)
         valid = jnp.any(mask, 1) & jnp.any(pool_mask, 1)
-        return Score(score, per_frame, mask, kps.reshape(b, t, 5, 2), valid)
+        return Score(score, per_frame, mask, kps, valid)

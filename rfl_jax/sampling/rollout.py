@@ -55,6 +55,8 @@ def rollout(
     phases: Sequence[Phase],
     *,
     keep: Callable[[Latents], Latents] = lambda x: x,
+    nested: bool = False,
+    unroll: bool = False,
 ) -> Rollout:
     """Euler steps `x + (sigma[i+1] - sigma[i]) * v(x, t[i])` over the phases, each one `lax.scan`.
 
@@ -64,6 +66,8 @@ def rollout(
         levels: sigmas, one more than steps.
         phases: from `plan_phases`. Latents are cut off from the gradient before the first phase that has one.
         keep: applied to the latents before the first and after every step (TI2V writes the first frame back).
+        nested: rematerialise whole steps with gradient, so that the activations of one at a time are kept.
+        unroll: write the steps with gradient out instead of looping.
     """
     b = noise.shape[0]
     x = keep(noise)
@@ -92,8 +96,9 @@ def rollout(
             x = keep(x + (following - sigma) * v)
             return x, (x, divergence)
 
+        body = jax.checkpoint(step, prevent_cse=False) if nested and phase.gradient else step
         steps = (jnp.asarray(levels[phase.start : phase.stop]), jnp.asarray(levels[phase.start + 1 : phase.stop + 1]))
-        x, (states, divergences) = jax.lax.scan(step, x, steps)
+        x, (states, divergences) = jax.lax.scan(body, x, steps, unroll=unroll and phase.gradient)
         if not phase.gradient:
             x, states = jax.lax.stop_gradient(x), jax.lax.stop_gradient(states)
         else:

@@ -4,11 +4,12 @@ import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from rfl_jax.errors import UserError
+from rfl_jax.files import absolute, array_handler
 from rfl_jax.training.state import TrainState
 
 
@@ -23,8 +24,8 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, *, keep: int = 3) -> None:
         self._directory = directory
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=handlers)
+        handlers = {"state": array_handler(), "run": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(absolute(directory), options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The last step that was written whole."""
@@ -35,13 +36,13 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.PyTreeSave(state),
             run=ocp.args.JsonSave({"key": jax.random.key_data(key).tolist(), "data": data}),
         )
         self._manager.save(step, args=items)
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, jax.Array, dict]:
-        """State with the shapes and shardings of `like`, the random key, and the data iterator's state.
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, np.ndarray, dict]:
+        """State with the shapes and shardings of `like`, the random key's data, and the data iterator's state.
 
         Raises:
             UserError: the checkpoint does not fit the configuration.
@@ -56,7 +57,7 @@ class Checkpoints:
                     f"{found.get(name, 'none')}, expected {expected.get(name, 'none')})"
                 )
         items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract),
+            state=ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract)),
             run=ocp.args.JsonRestore(),
         )
         try:
@@ -64,8 +65,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError, OSError) as error:
             line = (str(error).splitlines() or [""])[0][:200]
             raise UserError(f"{self._directory}/{step}: cannot be read ({line})") from None
-        key = jax.random.wrap_key_data(jnp.asarray(values["run"]["key"], jnp.uint32))
-        return values["state"], key, values["run"]["data"]
+        return values["state"], np.array(values["run"]["key"], np.uint32), values["run"]["data"]
 
     def close(self) -> None:
         self._manager.wait_until_finished()

@@ -1,10 +1,14 @@
 """The trained adapters as files that other tools can name."""
 
+import jax
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save
 
 from convert import lora
+from rfl_jax.files import write_whole
+from rfl_jax.hosts import is_writer
 from rfl_jax.models.weights import flat_arrays
 from rfl_jax.training.setup import Setup
 from rfl_jax.training.state import TrainState
@@ -14,7 +18,9 @@ def export_adapters(run: Setup, state: TrainState, workdir: epath.Path) -> list[
     """Writes `<network>_lora.safetensors` for each adapted network, in peft's naming of the original layers."""
     files = []
     for name in run.networks.adapted:
-        arrays = {k: np.asarray(v) for k, v in flat_arrays(state.params[name]).items()}
+        whole = NamedSharding(run.mesh, PartitionSpec())
+        gathered = jax.jit(lambda x: x, out_shardings=whole)(state.params[name])
+        arrays = {k: np.asarray(v) for k, v in flat_arrays(gathered).items()}
         metadata = {
             "base_model": run.cfg.preset,
             "network": name,
@@ -22,8 +28,7 @@ def export_adapters(run: Setup, state: TrainState, workdir: epath.Path) -> list[
             "alpha": str(run.cfg.lora_rank),
         }
         file = workdir / f"{name}_lora.safetensors"
-        aside = file.with_name(f".{file.name}.tmp")
-        aside.write_bytes(save(lora.names(arrays), metadata))
-        aside.replace(file)
         files.append(file)
+        if is_writer():
+            write_whole(file, save(lora.names(arrays), metadata))
     return files

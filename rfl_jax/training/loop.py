@@ -13,11 +13,13 @@ from etils import epath
 from rfl_jax.config import dumps
 from rfl_jax.data.videos import write_video
 from rfl_jax.errors import UserError
+from rfl_jax.files import write_whole
+from rfl_jax.hosts import any_host, is_writer, random_key
 from rfl_jax.training.checkpoint import Checkpoints, iterator_state
+from rfl_jax.training.flops import dit_flops
 from rfl_jax.training.metrics import Metrics, peak_flops
 from rfl_jax.training.setup import Setup
 from rfl_jax.training.state import TrainState
-from rfl_jax.training.step import model_flops
 
 FIGURES = ("loss", "face_score", "kl_loss", "grad_norm", "no_face_fraction", "learning_rate")
 
@@ -53,29 +55,34 @@ def train(run: Setup, workdir: epath.Path) -> tuple[TrainState, bool]:
     except BaseException:
         checkpoints.close()
         raise
-    (workdir / "config.json").write_text(dumps(cfg))
-    metrics = Metrics(workdir, start=start, total=run.steps, every=cfg.logging_steps)
+    metrics = None
+    if is_writer():
+        write_whole(workdir / "config.json", dumps(cfg))
+        metrics = Metrics(workdir, start=start, total=run.steps, every=cfg.logging_steps)
     peak = peak_flops()
     stop = _Stop()
     step = saved = start
+    stopping = False
     try:
-        while step < run.steps and not stop.asked:
+        while step < run.steps and not stopping:
             begin = time.perf_counter()
             collected, flops = [], 0.0
             for samples in itertools.islice(iterator, run.updates_per_step):
                 batch = run.place(samples)
                 state, figures = run.step(state, run.frozen, batch, key)
                 collected.append(figures)
-                flops += model_flops(cfg, run.sampler, samples["y"].shape[1:4], samples["y"].shape[0])
+                flops += dit_flops(cfg, run.sampler, samples["y"].shape[1:4], run.samples)[0]
             figures = jax.device_get([{name: f[name] for name in FIGURES} for f in collected])
             means = {name: float(np.mean([f[name] for f in figures])) for name in FIGURES}
             seconds = time.perf_counter() - begin
             step += 1
-            mfu = flops * jax.process_count() / seconds / peak if peak else None
-            metrics.write({"step": step, **means, "step_time_s": seconds, "mfu": mfu})
-            if cfg.sample_every and (step % cfg.sample_every == 0 or step in (1, run.steps)):
+            stopping = any_host(stop.asked)
+            mfu = flops / seconds / peak if peak else None
+            if metrics:
+                metrics.write({"step": step, **means, "step_time_s": seconds, "mfu": mfu})
+            if metrics and cfg.sample_every and (step % cfg.sample_every == 0 or step in (1, run.steps)):
                 write_video(workdir / "samples" / f"step_{step:06d}.mp4", np.asarray(collected[-1]["video"]))
-            if step % cfg.save_steps == 0 or step == run.steps or stop.asked:
+            if step % cfg.save_steps == 0 or step == run.steps or stopping:
                 checkpoints.save(step, state, key, iterator_state(iterator))
                 saved = step
         if saved != step:
@@ -83,7 +90,8 @@ def train(run: Setup, workdir: epath.Path) -> tuple[TrainState, bool]:
     finally:
         stop.release()
         checkpoints.close()
-        metrics.close()
+        if metrics:
+            metrics.close()
     return state, step == run.steps
 
 
@@ -109,4 +117,4 @@ def _resume(run: Setup, checkpoints: Checkpoints) -> tuple[TrainState, jax.Array
     iterator.set_state(data)
     if other is not None:
         other.close()
-    return state, key, iterator, latest
+    return state, random_key(key, run.mesh), iterator, latest

@@ -1,11 +1,19 @@
 """Where a run's figures go: metrics.jsonl, TensorBoard, and a line on the terminal."""
 
 import json
+import shutil
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import jax
 from etils import epath
 from tensorboardX import SummaryWriter
+
+from rfl_jax.files import is_remote, write_whole
+
+COPY_EVERY_S = 60  # how often TensorBoard's events go into a bucket
 
 # Peak bf16 matrix throughput in FLOP/s by device kind (vendors' data sheets).
 PEAK_FLOPS = {
@@ -45,26 +53,42 @@ class Metrics:
         if self._file.exists():
             self._lines = [line for line in self._file.read_text().splitlines() if json.loads(line)["step"] <= start]
             self._rewrite()
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        # Events are written locally and copied into a bucket from time to time: they grow, objects do not.
+        self._remote = workdir / "tensorboard" if is_remote(workdir) else None
+        self._local = Path(tempfile.mkdtemp()) if self._remote else Path(workdir / "tensorboard")
+        self._copied = time.monotonic()
+        self._board = SummaryWriter(str(self._local), purge_step=start + 1)
         self._total = total
         self._every = every
         self._live = sys.stderr.isatty()
 
     def _rewrite(self) -> None:
-        aside = self._file.with_name(".metrics.jsonl.tmp")
-        aside.write_text("".join(line + "\n" for line in self._lines))
-        aside.replace(self._file)
+        write_whole(self._file, "".join(line + "\n" for line in self._lines))
 
     def write(self, figures: dict) -> None:
-        """Appends a step's figures."""
-        with self._file.open("a") as stream:
-            stream.write(json.dumps(figures) + "\n")
+        """Adds a step's figures."""
+        line = json.dumps(figures)
+        if self._remote:
+            self._lines.append(line)
+            self._rewrite()
+        else:
+            with self._file.open("a") as stream:
+                stream.write(line + "\n")
         step = figures["step"]
         for name, value in figures.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, step)
+        if self._remote and time.monotonic() - self._copied > COPY_EVERY_S:
+            self._copy()
         if step % self._every == 0 or step == self._total:
             self._show(figures)
+
+    def _copy(self) -> None:
+        self._board.flush()
+        for file in self._local.iterdir():
+            if self._remote:
+                write_whole(self._remote / file.name, file.read_bytes())
+        self._copied = time.monotonic()
 
     def _show(self, f: dict) -> None:
         line = (
@@ -76,4 +100,8 @@ class Metrics:
     def close(self) -> None:
         if self._live:
             print(file=sys.stderr)
+        if self._remote:
+            self._copy()
         self._board.close()
+        if self._remote:
+            shutil.rmtree(self._local)

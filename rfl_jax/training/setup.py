@@ -10,18 +10,21 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert import store
+from rfl_jax import hosts
 from rfl_jax.config import Config
 from rfl_jax.data.dataset import check_shapes, make_iterator
 from rfl_jax.data.metadata import read_metadata
 from rfl_jax.data.prepare import Encoders, Prepared, negative_context, open_reward, open_text_encoder, prepare
 from rfl_jax.errors import UserError
+from rfl_jax.models.attention import kernel_for
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.sharding import BATCH, batch_shards, check_rules, make_mesh, shardings
 from rfl_jax.sources import Sources, find_sources
 from rfl_jax.training.optim import learning_rate, optimizer
+from rfl_jax.training.prefix import noises_of, roll_out_prefix
 from rfl_jax.training.state import Frozen, Networks, States, TrainState, create_state, split_networks
-from rfl_jax.training.step import Sampler, Step, make_sampler, make_step
+from rfl_jax.training.step import Sampler, make_sampler, make_step, split_prefix
 
 # Which sharding table a network uses.
 TABLES = {"dit": "dit", "dit2": "dit", "vae": "vae", "text_encoder": "umt5", "reward": "reward"}
@@ -37,9 +40,9 @@ class Setup:
         mesh: its devices.
         prepared: its samples.
         held_out: samples of the evaluation.
-        networks, sampler: static halves of the step.
+        networks, sampler: static halves of the step: networks, and the denoising steps that are not cached.
         state, frozen: weights and optimizer on the mesh.
-        step: the jitted step.
+        jitted: the jitted step, to be called under `jax.set_mesh(mesh)`, as `step` does.
         key: of all randomness.
         updates_per_step: optimizer updates a step of `train_batch_size` samples.
         steps: in all.
@@ -56,45 +59,75 @@ class Setup:
     sampler: Sampler
     state: TrainState
     frozen: Frozen
-    step: Step
+    jitted: Any
     key: jax.Array
     updates_per_step: int
     steps: int
     batch_names: tuple[str, ...]
     constants: dict[str, np.ndarray]
 
+    def step(
+        self, state: TrainState, frozen: Frozen, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer update on the mesh. `state` is donated."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted(state, frozen, batch, key)
+
+    @property
+    def samples(self) -> int:
+        """In one optimizer update, of all processes."""
+        cfg = self.cfg
+        return cfg.per_device_train_batch_size * batch_shards(self.mesh) * cfg.gradient_accumulation_steps
+
     def iterator(self) -> Any:
         """The data, one optimizer update's samples of this process at a time."""
-        cfg = self.cfg
-        samples = cfg.per_device_train_batch_size * batch_shards(self.mesh) * cfg.gradient_accumulation_steps
-        return make_iterator(self.prepared, self.batch_names, batch=samples // jax.process_count(), seed=cfg.seed)
+        share = hosts.share_of(NamedSharding(self.mesh, BATCH), batch_shards(self.mesh))
+        return make_iterator(
+            self.prepared,
+            self.batch_names,
+            batch=self.samples // share[1],
+            share=share,
+            seed=self.cfg.seed,
+            noises=noises_of(self.cfg),
+        )
 
     def place(self, samples: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """A batch on the mesh: micro-batches first, samples spread over devices."""
         count = self.cfg.gradient_accumulation_steps
         batch = {k: v.reshape(count, -1, *v.shape[1:]) for k, v in samples.items()}
         spread = NamedSharding(self.mesh, PartitionSpec(None, *BATCH))
-        placed = {k: jax.make_array_from_process_local_data(spread, v) for k, v in batch.items()}
+        placed = {
+            k: jax.make_array_from_process_local_data(spread, v, (count, self.samples // count, *v.shape[2:]))
+            for k, v in batch.items()
+        }
         whole = NamedSharding(self.mesh, PartitionSpec())
-        return placed | {k: jax.device_put(np.stack([v] * count), whole) for k, v in self.constants.items()}
+        return placed | {k: hosts.place(np.stack([v] * count), whole) for k, v in self.constants.items()}
 
 
-def load_networks(cfg: Config, sources: Sources) -> tuple[DiTConfig, Networks, States, Frozen]:
-    """All networks of the step, trainable and frozen weights apart.
+def load_networks(cfg: Config, sources: Sources, sampler: Sampler, platform: str) -> tuple[Networks, States, Frozen]:
+    """All networks of the step, trainable and frozen weights apart. A DiT that takes none of the sampler's steps stays
+    where it is.
 
     Raises:
         UserError: weights that are missing, or of another shape than `preset` names.
     """
     preset = DIT_PRESETS[cfg.preset]
     dtype = jnp.dtype(cfg.dtype)
+    kernel = kernel_for(cfg.attention, platform)
     dits: dict[str, DiT] = {}
+    experts = {phase.expert for phase in sampler.phases}
+    missing = [name for name in cfg.trained if name == "dit2" and not sources.dit2]
+    if missing:
+        raise UserError("config.trainable_models: dit2 is named, but one network serves all steps of this preset")
     for name, files in (("dit", sources.dit), ("dit2", sources.dit2)):
-        if not files:
+        if name not in experts:
             continue
         # Masters of what trains in full come from the source's own precision.
         full = name in cfg.trained and name not in cfg.adapted
         stored = None if full else cfg.dtype
-        dits[name] = store.open_component("dit", files, weights_dtype=stored, dtype=dtype, remat_policy=cfg.policy)
+        dits[name] = store.open_component(
+            "dit", files, weights_dtype=stored, dtype=dtype, remat_policy=cfg.policy, kernel=kernel
+        )
         found = dits[name].cfg
         for field in dataclasses.fields(DiTConfig):
             if field.name != "boundary" and getattr(found, field.name) != getattr(preset, field.name):
@@ -102,23 +135,32 @@ def load_networks(cfg: Config, sources: Sources) -> tuple[DiTConfig, Networks, S
                     f"{files[0]}: {field.name} is {getattr(found, field.name)}, expected "
                     f"{getattr(preset, field.name)} (config.preset={cfg.preset})"
                 )
-    missing = [name for name in cfg.trained if name == "dit2" and name not in dits]
-    if missing:
-        raise UserError("config.trainable_models: dit2 is named, but one network serves all steps of this preset")
     vae_dtype = "float32" if "vae" in cfg.trained else cfg.dtype
-    networks, params, frozen = split_networks(
+    return split_networks(
         cfg,
         dits=dits,
-        vae=store.open_component("vae", sources.vae, weights_dtype=vae_dtype, dtype=dtype, remat=cfg.policy != "none"),
+        vae=store.open_component(
+            "vae", sources.vae, weights_dtype=vae_dtype, dtype=dtype, remat=cfg.policy != "none", caches=cfg.vae_caches
+        ),
         reward=open_reward(cfg, sources.reward),
         text_encoder=open_text_encoder(cfg, sources) if "text_encoder" in cfg.trained else None,
     )
-    return preset, networks, params, frozen
 
 
 def place_states(states: States, mesh: Mesh) -> States:
     """Weights on the mesh, by the network's table."""
-    return {name: jax.device_put(state, shardings(state, TABLES[name], mesh)) for name, state in states.items()}
+    return {
+        name: jax.tree.map(hosts.place, state, shardings(state, TABLES[name], mesh)) for name, state in states.items()
+    }
+
+
+# Folded into the run's key, so that no clip is judged on a noise it was trained on.
+EVALUATION = 0x5EED
+
+
+def evaluation_key(key: jax.Array) -> jax.Array:
+    """The randomness of a run's evaluation."""
+    return jax.random.fold_in(key, EVALUATION)
 
 
 def experts_of(cfg: Config) -> int:
@@ -147,8 +189,8 @@ def set_up(cfg: Config, workdir: epath.Path) -> Setup:
         UserError: anything in the configuration, the data or the weights that cannot be used.
     """
     sources = find_sources(cfg, experts=experts_of(cfg))
-    sampler = make_sampler(cfg, DIT_PRESETS[cfg.preset])
-    mesh = make_mesh({"data": cfg.mesh.data, "fsdp": cfg.mesh.fsdp})
+    prefix, sampler = split_prefix(cfg, make_sampler(cfg, DIT_PRESETS[cfg.preset]))
+    mesh = make_mesh(dataclasses.asdict(cfg.mesh))
     samples = cfg.per_device_train_batch_size * batch_shards(mesh) * cfg.gradient_accumulation_steps
     if cfg.train_batch_size % samples:
         raise UserError(
@@ -156,15 +198,27 @@ def set_up(cfg: Config, workdir: epath.Path) -> Setup:
             f"{cfg.per_device_train_batch_size} x {batch_shards(mesh)} devices x gradient_accumulation_steps "
             f"{cfg.gradient_accumulation_steps}"
         )
-    prepared, held_out = prepare_clips(cfg, sources, cache_folder(cfg, workdir))
+    cache = cache_folder(cfg, workdir)
+    prepared, held_out = prepare_clips(cfg, sources, cache)
     check_shapes(prepared, samples // cfg.gradient_accumulation_steps)
     constants = {}
     if sampler.guidance != 1.0:
         constants["negative_context"] = negative_context(cfg, sources)[None]
-
-    _, networks, params, frozen = load_networks(cfg, sources)
     steps_an_epoch = max(1, len(prepared) // cfg.train_batch_size)
     steps = cfg.max_steps if cfg.max_steps > 0 else cfg.num_train_epochs * steps_an_epoch
+    key = hosts.random_key(cfg.seed, mesh)
+    if prefix.phases:
+        epochs = -(-steps * cfg.train_batch_size // len(prepared))
+        prepared = roll_out_prefix(
+            cfg, sources, prefix, prepared, cache, mesh,
+            key=key, noises=min(noises_of(cfg), epochs), mode=cfg.noise.mode, constants=constants,
+        )  # fmt: skip
+        held_out = roll_out_prefix(
+            cfg, sources, prefix, held_out, cache, mesh,
+            key=evaluation_key(key), noises=1, mode="fresh", constants=constants,
+        )  # fmt: skip
+
+    networks, params, frozen = load_networks(cfg, sources, sampler, mesh.devices.flat[0].platform)
     updates_per_step = cfg.train_batch_size // samples
     tx = optimizer(cfg, steps * updates_per_step)
     schedule = learning_rate(cfg, steps * updates_per_step)
@@ -174,33 +228,40 @@ def set_up(cfg: Config, workdir: epath.Path) -> Setup:
         check_rules(parts, TABLES[name], mesh, adapted=name in networks.adapted)
     params = place_states(params, mesh)
     frozen = Frozen(place_states(frozen.rest, mesh), place_states(frozen.reference, mesh))
-    state, state_shardings = place_state(params, tx, mesh)
-    step = jax.jit(
-        make_step(cfg, networks, sampler, tx, schedule), out_shardings=(state_shardings, None), donate_argnums=0
-    )
+    places = state_places(params, tx, mesh)
+    state = jax.jit(lambda p: create_state(p, tx), out_shardings=places)(params)
+    jitted = jit_step(cfg, networks, sampler, tx, schedule, places)
     names = ("y", "pool", *(("ids", "mask") if "text_encoder" in cfg.trained else ("context",)))
-    key = jax.random.key(cfg.seed)
     return Setup(
-        cfg, sources, mesh, prepared, held_out, networks, sampler, state, frozen, step, key, updates_per_step, steps, names, constants,
+        cfg, sources, mesh, prepared, held_out, networks, sampler, state, frozen, jitted, key, updates_per_step, steps, names, constants,
     )  # fmt: skip
 
 
-def place_state(params: States, tx: Any, mesh: Mesh) -> tuple[TrainState, TrainState]:
-    """The first state and its shardings: moments lie where their weights do, everything else everywhere."""
+def jit_step(cfg: Config, networks: Networks, sampler: Sampler, tx: Any, schedule: Any, places: TrainState) -> Any:
+    """The jitted step, to be called under `jax.set_mesh`. The state that goes in is donated.
+
+    Args:
+        places: shardings of the state.
+    """
+    step = make_step(cfg, networks, sampler, tx, schedule)
+    # Figures and the video are wanted on every host.
+    return jax.jit(step, out_shardings=(places, places.step), donate_argnums=0)
+
+
+def state_places(params: States, tx: Any, mesh: Mesh) -> TrainState:
+    """Shardings of a state: moments lie where their weights do, everything else everywhere.
+
+    Args:
+        params: arrays or their shapes.
+    """
     whole = NamedSharding(mesh, PartitionSpec())
     places = {name: shardings(state, TABLES[name], mesh) for name, state in params.items()}
     abstract = jax.eval_shape(lambda p: create_state(p, tx), params)
+    structure = jax.tree.structure(params)
 
     def like_params(subtree: Any) -> Any:
         # A moment tree has the structure of the weights and takes their places.
-        return (
-            places
-            if jax.tree.structure(subtree) == jax.tree.structure(params)
-            else jax.tree.map(lambda _: whole, subtree)
-        )
+        return places if jax.tree.structure(subtree) == structure else jax.tree.map(lambda _: whole, subtree)
 
-    is_moments = lambda x: jax.tree.structure(x) == jax.tree.structure(params)  # noqa: E731
-    opt_places = jax.tree.map(like_params, abstract.opt_state, is_leaf=is_moments)
-    places_of_state = TrainState(whole, places, opt_places)
-    state = jax.jit(lambda p: create_state(p, tx), out_shardings=places_of_state)(params)
-    return state, places_of_state
+    is_moments = lambda x: jax.tree.structure(x) == structure  # noqa: E731
+    return TrainState(whole, places, jax.tree.map(like_params, abstract.opt_state, is_leaf=is_moments))

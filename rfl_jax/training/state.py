@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from rfl_jax.config import Config
+from rfl_jax.config import TRAINABLE, Config
 from rfl_jax.models.lora import add_lora
 from rfl_jax.models.umt5 import UMT5Encoder
 from rfl_jax.models.wan.dit import DiT
@@ -107,10 +107,11 @@ def split_networks(
     if text_encoder is not None:
         modules["text_encoder"] = text_encoder
     graphs, base, params, rest, reference = {}, {}, {}, {}, {}
-    for i, (name, module) in enumerate(modules.items()):
+    for name, module in modules.items():
         base[name] = nnx.split(module)[0]
         if name in cfg.adapted:
-            key = jax.random.fold_in(jax.random.key(cfg.seed), i)
+            # The same adapters whatever else is loaded.
+            key = jax.random.fold_in(jax.random.key(cfg.seed), TRAINABLE.index(name))
             add_lora(module, rank=cfg.lora_rank, targets=cfg.lora_targets, key=key)
             graphs[name], params[name], rest[name] = nnx.split(module, nnx.LoRAParam, ...)
         elif name in cfg.trained:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DiTConfig
+from rfl_jax.remat import steps_options
 from rfl_jax.rewards.face import reward_loss
 from rfl_jax.sampling.rollout import Expert, Velocity, rollout
 from rfl_jax.sampling.schedule import Phase, plan_phases, sigmas
@@ -60,23 +61,49 @@ def make_sampler(cfg: Config, dit: DiTConfig) -> Sampler:
     return Sampler(dit, levels, phases, cfg.sampling.guidance_scale)
 
 
-def start_noise(key: Array, samples: Array, step: Array, shape: tuple[int, ...], mode: str) -> Float[Array, "b ..."]:
+def split_prefix(cfg: Config, sampler: Sampler) -> tuple[Sampler, Sampler]:
+    """The steps that `prepare` computes once, and those of every update; the first part is empty without a cache.
+
+    Cached are the leading phases without gradient of networks that do not train, if nothing else they depend on does.
+
+    Raises:
+        UserError: the cache is asked for where it cannot be.
+    """
+    count = 0
+    for phase in sampler.phases:
+        if phase.gradient or phase.expert in cfg.trained or "text_encoder" in cfg.trained:
+            break
+        count += 1
+    finite = cfg.noise.mode == "fixed" or cfg.noise.per_sample > 0
+    if cfg.noise.prefix_cache == "on" and not (count and finite):
+        raise UserError(
+            "config.noise.prefix_cache: on, but "
+            + ("noise.per_sample is 0: noises never repeat" if count else "what trains takes part in the first step")
+        )
+    if cfg.noise.prefix_cache == "off" or not finite:
+        count = 0
+    return tuple(
+        dataclasses.replace(sampler, phases=phases) for phases in (sampler.phases[:count], sampler.phases[count:])
+    )  # pyright: ignore[reportReturnType]
+
+
+def start_noise(key: Array, samples: Array, index: Array, shape: tuple[int, ...], mode: str) -> Float[Array, "b ..."]:
     """Standard normal latents.
 
     Args:
         key: the run's.
         samples: [b] numbers of the samples.
-        step: optimizer updates done.
+        index: [b] which of a sample's noises.
         shape: of one sample's latents.
-        mode: "fresh": a function of (key, sample, step); "fixed": of the key alone.
+        mode: "fresh": a function of (key, sample, index); "fixed": of the key alone.
     """
     if mode == "fixed":
         return jnp.broadcast_to(jax.random.normal(key, shape), (samples.shape[0], *shape))
 
-    def draw(sample: Array) -> Array:
-        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, sample), step), shape)
+    def draw(sample: Array, index: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, sample), index), shape)
 
-    return jax.vmap(draw)(samples)
+    return jax.vmap(draw)(samples, index)
 
 
 def latent_shape(sampler: Sampler, batch: Batch) -> tuple[int, ...]:
@@ -140,15 +167,19 @@ def bind_experts(
 
 def make_loss(
     cfg: Config, networks: Networks, sampler: Sampler
-) -> Callable[[States, Frozen, Batch, Array, Array], tuple[Array, dict[str, Array]]]:
-    """`(params, frozen, batch, key, step) -> (loss, figures)` of one micro-batch."""
+) -> Callable[[States, Frozen, Batch, Array], tuple[Array, dict[str, Array]]]:
+    """`(params, frozen, batch, key) -> (loss, figures)` of one micro-batch.
 
-    def loss(params: States, frozen: Frozen, batch: Batch, key: Array, step: Array) -> tuple[Array, dict[str, Array]]:
+    A batch may bring the latents it starts from: "prefix", after the steps that are not the sampler's, or "noise".
+    """
+
+    def loss(params: States, frozen: Frozen, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         experts, keep = bind_experts(networks, sampler, params, frozen, batch)
-        noise = batch.get("noise")
-        if noise is None:
-            noise = start_noise(key, batch["sample"], step, latent_shape(sampler, batch), cfg.noise.mode)
-        out = rollout(experts, noise, sampler.levels, sampler.phases, keep=keep)
+        start = batch.get("prefix", batch.get("noise"))
+        if start is None:
+            shape = latent_shape(sampler, batch)
+            start = start_noise(key, batch["sample"], batch["noise_index"], shape, cfg.noise.mode)
+        out = rollout(experts, start, sampler.levels, sampler.phases, keep=keep, **steps_options(cfg.policy))
         video = networks.build("vae", params, frozen).decode(out.latents)
         score = networks.build("reward", params, frozen)(video, batch["pool"])
         # Samples without a face say nothing: no reward and no gradient of it.
@@ -180,7 +211,7 @@ def make_step(
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Array]]:
         def micro(total: States, batch: Batch) -> tuple[States, dict[str, Array]]:
-            (_, figures), grads = grad(state.params, frozen, batch, key, state.step)
+            (_, figures), grads = grad(state.params, frozen, batch, key)
             return jax.tree.map(jnp.add, total, grads), figures
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -201,30 +232,3 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
-
-
-def dit_forward_flops(cfg: DiTConfig, tokens: int) -> float:
-    """Floating-point operations of one DiT forward pass of one sample: its matrix products and attention."""
-    n, d, s = tokens, cfg.dim, cfg.text_len
-    self_attention = 8 * n * d * d + 4 * n * n * d
-    cross_attention = 4 * n * d * d + 4 * s * d * d + 4 * n * s * d
-    return float(cfg.num_layers * (self_attention + cross_attention + 4 * n * d * cfg.ffn_dim))
-
-
-def model_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: int) -> float:
-    """Operations that one update needs of the transformers, recomputation not counted: a forward pass a step without
-    gradient; with it, one more for the reference and two for the backward pass.
-
-    Args:
-        cfg: what trains.
-        sampler: the steps.
-        latents: frames, rows and columns of one sample.
-        samples: in one update.
-    """
-    tokens = int(np.prod(latents)) // int(np.prod(sampler.dit.patch_size))
-    passes = sum(
-        (phase.stop - phase.start) * ((3 + (phase.expert in cfg.trained)) if phase.gradient else 1)
-        for phase in sampler.phases
-    )
-    guided = 1 if sampler.guidance == 1.0 else 2
-    return samples * guided * passes * dit_forward_flops(sampler.dit, tokens)

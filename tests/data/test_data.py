@@ -90,7 +90,7 @@ def test_samples_are_shuffled_by_seed_and_resumable(tmp_path):
     prepared = fake_prepared(tmp_path, 6)
 
     def order(seed, count):
-        iterator = make_iterator(prepared, ["y", "pool"], batch=2, seed=seed)
+        iterator = make_iterator(prepared, ["y", "pool"], batch=2, seed=seed, noises=0)
         return [next(iterator)["sample"].tolist() for _ in range(count)]
 
     first = order(0, 6)
@@ -100,12 +100,20 @@ def test_samples_are_shuffled_by_seed_and_resumable(tmp_path):
         assert sorted(i for batch in epoch for i in batch) == list(range(6))
     assert first[:3] != first[3:]
 
-    singles = make_iterator(prepared, ["y"], batch=1, seed=0)
+    singles = make_iterator(prepared, ["y"], batch=1, seed=0, noises=2)
     assert sorted(int(next(singles)["sample"][0]) for _ in range(6)) == list(range(6))
-    iterator = make_iterator(prepared, ["y"], batch=2, seed=0)
+    iterator = make_iterator(prepared, ["y"], batch=2, seed=0, noises=2)
     for _ in range(4):
         next(iterator)
     state = iterator.get_state()
-    again = make_iterator(prepared, ["y"], batch=2, seed=0)
+    again = make_iterator(prepared, ["y"], batch=2, seed=0, noises=2)
     again.set_state(state)
     assert [next(again)["sample"].tolist() for _ in range(2)] == first[4:]
+
+
+@pytest.mark.parametrize(("noises", "want"), [(0, [0, 1, 2, 3, 4]), (2, [0, 1, 0, 1, 0]), (1, [0] * 5)])
+def test_every_epoch_takes_a_samples_next_noise(tmp_path, noises, want):
+    iterator = make_iterator(fake_prepared(tmp_path, 6), ["y"], batch=3, seed=0, noises=noises)
+    for index in want:
+        for _ in range(2):
+            assert next(iterator)["noise_index"].tolist() == [index] * 3

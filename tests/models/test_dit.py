@@ -16,6 +16,8 @@ from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT, timestep_embedding
 from rfl_jax.models.wan.rope import rope_freqs, split_pairs
 from rfl_jax.models.weights import get_arrays, set_arrays
+from rfl_jax.sharding import shardings
+from tests.devices import make_mesh
 from tests.golden import relative
 
 CFG = DiTConfig(
@@ -83,7 +85,7 @@ def test_scan_equals_loop():
     graph, layers = nnx.split(model.blocks)
     for i in range(CFG.num_layers):
         block = nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], layers))
-        tokens = block(tokens, modulation, text, rope_freqs((3, 3, 2), CFG.head_dim))
+        tokens = block(tokens, modulation, text, rope_freqs((3, 3, 2), CFG.head_dim), 18)
     empty = dataclasses.replace(CFG, num_layers=0)
     tail = DiT(empty, rngs=nnx.Rngs(0), remat_policy="none")
     shared = {k: v for k, v in get_arrays(model).items() if not k.startswith("blocks.")}
@@ -103,6 +105,27 @@ def test_every_remat_policy_equals_none(policy):
 
     for got, want in zip(jax.tree.leaves(grads(policy)), jax.tree.leaves(grads("none")), strict=True):
         assert relative(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_tokens_over_a_mesh_equal_one_device(per_token):
+    # 18 tokens over 4 devices: two of padding, to which nobody attends.
+    x, t, context = inputs()
+    if per_token:
+        t = t[:, None] * (jnp.arange(18) >= 6)
+    graph, params = nnx.split(random_model())
+    target = np.random.default_rng(1).normal(size=(*x.shape[:-1], CFG.out_dim))
+
+    def loss(params, x):
+        return jnp.sum(nnx.merge(graph, params)(x, t, context) * target)
+
+    want = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+    mesh = make_mesh(1, 2, 4)
+    placed = jax.device_put(params, shardings(params, "dit", mesh))
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.value_and_grad(loss, (0, 1)))(placed, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        assert relative(a, b) < 1e-4
 
 
 def test_offload_moves_the_block_inputs_to_the_host():

@@ -13,6 +13,7 @@ from rfl_jax.models.wan.conditioning import first_frame_condition
 from rfl_jax.models.wan.config import VAE_PRESETS, VAEConfig
 from rfl_jax.models.wan.vae import VAE
 from rfl_jax.models.weights import get_arrays, set_arrays
+from tests.devices import make_mesh
 from tests.golden import relative
 
 CONFIGS = {
@@ -78,6 +79,43 @@ def test_chunks_equal_the_whole_clip(version):
     assert relative(grad, whole_grad) < 1e-4
     model.remat = False
     assert relative(run(model.decode)[1], grad) < 1e-5
+
+
+@pytest.mark.parametrize("caches", ["offload", "recompute"])
+def test_caches_anywhere_give_the_same_gradient(caches):
+    z = np.random.default_rng(3).normal(size=(1, 4, 2, 2, 16)).astype(np.float32)
+    model = random_vae("2.1")
+
+    def grad(model):
+        return jax.jit(jax.grad(lambda z: jnp.sum(model.decode(z) ** 2)))
+
+    want = grad(model)(z)
+    model.caches = caches
+    assert relative(grad(model)(z), want) < 1e-5
+    program = str(jax.make_jaxpr(grad(model))(z))
+    # In pinned host memory; or two groups of two latent frames, one loop in the other.
+    assert ("Host" in program or "pinned_host" in program) == (caches == "offload")
+    assert ("f32[2,2,1,1,2,2,16]" in program) == (caches == "recompute")
+
+
+def test_columns_over_a_mesh_equal_one_device():
+    model = random_vae("2.1")
+    z = jnp.asarray(np.random.default_rng(3).normal(size=(2, 3, 3, 8, model.cfg.z_dim)), jnp.float32)
+    graph, params = nnx.split(model)
+    c = np.random.default_rng(4).normal(size=(2, 9, 24, 64, 3)).astype(np.float32)
+
+    def loss(z, params):
+        return jnp.sum(nnx.merge(graph, params).decode(z) * c)
+
+    want = jax.jit(jax.value_and_grad(loss))(z, params)
+    mesh = make_mesh(1, 2, 4)
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.value_and_grad(loss)).lower(z, params).compile()
+        found = program(z, params)
+    # Neighbours exchange their edges; nobody gathers a picture.
+    assert "collective-permute" in program.as_text()
+    assert abs(found[0] - want[0]) < 1e-4 * abs(want[0]) + 1e-3
+    assert relative(found[1], want[1]) < 1e-4
 
 
 def test_condition_is_the_mask_and_the_latents_of_the_first_frame():

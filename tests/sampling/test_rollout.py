@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from rfl_jax.remat import steps_options
 from rfl_jax.sampling.rollout import Expert, rollout
 from rfl_jax.sampling.schedule import Phase, plan_phases, sigmas
 
@@ -35,12 +37,13 @@ def toy(w):
     return velocity
 
 
-def run(w, noise, phases, levels):
+def run(w, noise, phases, levels, **options):
     expert = Expert(toy(w), toy(0.5), toy(jax.lax.stop_gradient(w)))
-    return rollout({"dit": expert, "dit2": expert}, noise, levels, phases)
+    return rollout({"dit": expert, "dit2": expert}, noise, levels, phases, **options)
 
 
-def test_rollout_equals_a_plain_loop_and_its_truncated_gradient():
+@pytest.mark.parametrize("policy", ["full", "nested", "offload"])
+def test_rollout_equals_a_plain_loop_and_its_truncated_gradient(policy):
     levels = sigmas(8, 5.0)
     phases = plan_phases(levels, boundary=0.9, mid=4, final=7)
     noise = np.random.default_rng(0).normal(size=(2, 2, 3, 3, 4)).astype(np.float32)
@@ -59,7 +62,7 @@ def test_rollout_equals_a_plain_loop_and_its_truncated_gradient():
         return jnp.sum(jnp.sin(x)) + jnp.mean(jnp.stack(kl))
 
     def ours(w):
-        out = run(w, noise, phases, levels)
+        out = run(w, noise, phases, levels, **steps_options(policy))
         return jnp.sum(jnp.sin(out.latents)) + jnp.mean(out.kl)
 
     for f, g in zip(jax.value_and_grad(ours)(0.7), jax.value_and_grad(plain)(0.7), strict=True):

@@ -19,12 +19,11 @@ from rfl_jax.sources import find_sources
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
 from rfl_jax.training.setup import set_up
-from tests.training.conftest import read_metrics
-from tests.training.test_step import use_devices
+from tests.runs import read_metrics, use_devices
 
 
 def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_path, clip_folder):
-    use_devices(monkeypatch, 1)
+    use_devices(monkeypatch)
     cfg = settings(
         max_steps=4,
         save_steps=3,
@@ -141,7 +140,7 @@ def test_an_end_image_is_marked_in_the_condition(settings, tmp_path, clip_folder
 
 
 def test_clips_of_different_sizes_cannot_share_a_batch(monkeypatch, settings, tmp_path, clip_folder):
-    use_devices(monkeypatch, 1)
+    use_devices(monkeypatch)
     folder = tmp_path / "rows"
     folder.mkdir()
     shutil.copy(clip_folder / "clip_000.mp4", folder / "a.mp4")

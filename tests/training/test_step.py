@@ -9,61 +9,80 @@ import optax
 import pytest
 from etils import epath
 from flax import nnx
-from jax.sharding import AxisType
 
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
-from rfl_jax.rewards.face import SCORE_MEAN, SCORE_STD
+from rfl_jax.rewards.face import SCORE_MEAN, SCORE_STD, FaceReward
 from rfl_jax.sampling.schedule import plan_phases, sigmas
 from rfl_jax.sharding import check_rules
-from rfl_jax.training import setup as run_setup
 from rfl_jax.training.setup import set_up
 from rfl_jax.training.state import Frozen, Networks
-from rfl_jax.training.step import Sampler, bind_experts, dit_forward_flops, make_loss, make_sampler, start_noise
+from rfl_jax.training.step import Sampler, bind_experts, make_loss, make_sampler, split_prefix, start_noise
 from tests.golden import relative
-
-
-def use_devices(monkeypatch, count):
-    """A mesh of the first devices only."""
-
-    def mesh(sizes):
-        devices = np.array(jax.devices()[:count]).reshape([max(n, 1) for n in sizes.values()])
-        return jax.sharding.Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-
-    monkeypatch.setattr(run_setup, "make_mesh", mesh)
+from tests.runs import use_devices
 
 
 def snapshot(tree):
     return jax.tree.map(np.asarray, tree)
 
 
-def test_eight_devices_equal_one(monkeypatch, settings, tmp_path):
-    results = []
-    for count, (data, fsdp), local in ((1, (1, 1), 8), (8, (2, 4), 1)):
-        use_devices(monkeypatch, count)
+def gradients(run):
+    """Loss and adapter gradients of one batch, every adapter moved off its start, on the run's mesh."""
+    batch = {name: x[0] for name, x in run.place(next(run.iterator())).items()}
+    rng = np.random.default_rng(0)
+
+    def moved(p):
+        return jax.device_put(np.asarray(p) + 0.02 * rng.normal(size=p.shape).astype(np.float32), p.sharding)
+
+    params = jax.tree.map(moved, run.state.params)
+    places = jax.tree.map(lambda p: p.sharding, params)
+    loss = jax.value_and_grad(make_loss(run.cfg, run.networks, run.sampler), has_aux=True)
+    with jax.set_mesh(run.mesh):
+        (value, figures), grads = jax.jit(loss, out_shardings=(None, places))(params, run.frozen, batch, run.key)
+    return float(value), float(figures["score_sum"]), grads
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(snapshot(tree))])
+
+
+def test_every_mesh_gives_the_gradients_of_one_device(monkeypatch, settings, tmp_path):
+    use_devices(monkeypatch)
+    # The other pre-processing rounds pixels to 8 bits before detection: a rounding error that turns one of them moves
+    # the detected points, and the gradient by 1e-3.
+    smooth = {"reward.compat": "roll", "num_inference_steps": 4, "mid_timestep": 2, "final_timestep": 3}
+    one = settings(**smooth, train_batch_size=8, per_device_train_batch_size=8)
+    want_loss, want_score, want = gradients(set_up(one, epath.Path(tmp_path)))
+    want = snapshot(want)
+    use_devices(monkeypatch)
+    for data, fsdp, context in ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)):
         cfg = settings(
-            **{"mesh.data": data, "mesh.fsdp": fsdp, "train_batch_size": 8, "per_device_train_batch_size": local}
+            **{"mesh.data": data, "mesh.fsdp": fsdp, "mesh.context": context, **smooth},
+            train_batch_size=8,
+            per_device_train_batch_size=8 // (data * fsdp),
         )
-        run = set_up(cfg, epath.Path(tmp_path))
-        batch = run.place(next(run.iterator()))
-        state, metrics = run.step(run.state, run.frozen, batch, run.key)
-        moments = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, jax.Array))
-        if count == 8:
-            # Adapters and their moments really lie in pieces.
-            assert any(not m.sharding.is_fully_replicated for m in moments)
-            assert any(not p.sharding.is_fully_replicated for p in jax.tree.leaves(state.params))
-        results.append((snapshot(state.params), {k: np.asarray(v, np.float64) for k, v in metrics.items()}))
-    (one, m1), (eight, m8) = results
-    for key, tolerance in (("loss", 1e-4), ("face_score", 1e-4), ("grad_norm", 1e-3)):
-        np.testing.assert_allclose(m8[key], m1[key], rtol=tolerance, err_msg=key)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
-        # One Adam step turns rounding in tiny gradients into differences of the rate's size; most entries agree.
-        assert np.quantile(np.abs(a - b), 0.99) < 1e-4
+        loss, score, grads = gradients(set_up(cfg, epath.Path(tmp_path)))
+        np.testing.assert_allclose((loss, score), (want_loss, want_score), rtol=1e-4, err_msg=str(cfg.mesh))
+        if fsdp * context > 1:
+            assert all(not g.sharding.is_fully_replicated for g in jax.tree.leaves(grads))
+        assert relative(flat(grads), flat(want)) < 1e-4, cfg.mesh
+
+
+def test_optimizer_moments_lie_where_their_weights_do(monkeypatch, settings, tmp_path):
+    use_devices(monkeypatch)
+    cfg = settings(**{"mesh.fsdp": 2, "mesh.context": 4}, per_device_train_batch_size=1)
+    run = set_up(cfg, epath.Path(tmp_path))
+    places = {p.sharding for p in jax.tree.leaves(run.state.params)}
+    moments = [m for m in jax.tree.leaves(run.state.opt_state) if isinstance(m, jax.Array) and m.ndim > 1]
+    assert len(moments) == 2 * len(jax.tree.leaves(run.state.params))
+    assert {m.sharding for m in moments} == places
+    state, _ = run.step(run.state, run.frozen, run.place(next(run.iterator())), run.key)
+    assert {p.sharding for p in jax.tree.leaves(state.params)} == places
 
 
 def test_loss_is_the_designs_and_only_adapters_change(monkeypatch, settings, tmp_path):
-    use_devices(monkeypatch, 1)
+    use_devices(monkeypatch)
     run = set_up(settings(), epath.Path(tmp_path))
     before, adapters = snapshot(run.frozen), snapshot(run.state.params)
     assert set(adapters) == {"dit2"}
@@ -86,7 +105,7 @@ def test_loss_is_the_designs_and_only_adapters_change(monkeypatch, settings, tmp
 
 
 def test_accumulated_micro_batches_equal_one_batch(monkeypatch, settings, tmp_path):
-    use_devices(monkeypatch, 1)
+    use_devices(monkeypatch)
     results = []
     for size, count in ((4, 1), (2, 2)):
         cfg = settings(train_batch_size=4, per_device_train_batch_size=size, gradient_accumulation_steps=count)
@@ -109,7 +128,7 @@ def test_accumulated_micro_batches_equal_one_batch(monkeypatch, settings, tmp_pa
     ],
 )
 def test_what_is_named_trains_and_nothing_else(monkeypatch, settings, tmp_path, changes, trained):
-    use_devices(monkeypatch, 1)
+    use_devices(monkeypatch)
     run = set_up(settings(**changes), epath.Path(tmp_path))
     assert set(run.state.params) == trained
     before, frozen = snapshot(run.state.params), snapshot(run.frozen)
@@ -127,26 +146,35 @@ def test_what_is_named_trains_and_nothing_else(monkeypatch, settings, tmp_path, 
 
 
 def test_adapter_gradient_equals_finite_differences(monkeypatch, settings, tmp_path):
-    use_devices(monkeypatch, 1)
-    run = set_up(settings(train_batch_size=1, per_device_train_batch_size=1), epath.Path(tmp_path))
+    use_devices(monkeypatch)
+    # What is by design not differentiated is left out: the low-noise expert's step before `mid_timestep`, and the
+    # reference's latents in the KL.
+    smooth = {"mid_timestep": 3, "reward.kl_weight": 0.0}
+    run = set_up(settings(**smooth, train_batch_size=1, per_device_train_batch_size=1), epath.Path(tmp_path))
     batch = {k: v[0] for k, v in run.place(next(run.iterator())).items()}
-    loss = make_loss(run.cfg, run.networks, run.sampler)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + 0.02 * rng.normal(size=p.shape).astype(np.float32), run.state.params)
-    value = jax.jit(lambda p: loss(p, run.frozen, batch, run.key, jnp.int32(0))[0])
-    grads = jax.jit(jax.grad(lambda p: loss(p, run.frozen, batch, run.key, jnp.int32(0))[0]))(params)
+    # The faces stay where they are found now: by design the gradient does not see them move.
+    reward = run.networks.build("reward", {}, run.frozen)
+    _, figures = jax.jit(make_loss(run.cfg, run.networks, run.sampler))(params, run.frozen, batch, run.key)
+    found = jax.tree.map(np.asarray, reward.find(figures["video"] / np.float32(127.5) - 1))
+    assert found[1].all()
+    monkeypatch.setattr(FaceReward, "find", lambda self, frames: found)
+    loss = make_loss(run.cfg, run.networks, run.sampler)
+    value = jax.jit(lambda p: loss(p, run.frozen, batch, run.key)[0])
+    grads = jax.jit(jax.grad(lambda p: loss(p, run.frozen, batch, run.key)[0]))(params)
     norm = optax.tree.norm(grads)
-    h = 3e-2
+    h = 1e-2
     ahead, behind = (value(jax.tree.map(lambda p, g, s=s: p + s * h * g / norm, params, grads)) for s in (1, -1))
-    # The start noise and the detected points move with the weights; neither is differentiated, the points by design.
-    assert (ahead - behind) / (2 * h) == pytest.approx(float(norm), rel=0.1)
+    assert (ahead - behind) / (2 * h) == pytest.approx(float(norm), rel=0.02)
 
 
-def test_noise_is_a_function_of_seed_sample_and_step():
+def test_noise_is_a_function_of_seed_sample_and_index():
     key = jax.random.key(0)
 
-    def draw(samples, step, mode="fresh"):
-        return np.asarray(start_noise(key, jnp.array(samples), jnp.int32(step), (2, 3), mode))
+    def draw(samples, index, mode="fresh"):
+        indices = jnp.full(len(samples), index, jnp.int32)
+        return np.asarray(start_noise(key, jnp.array(samples), indices, (2, 3), mode))
 
     a = draw([4, 9], 0)
     assert np.array_equal(draw([9, 4], 0), a[::-1])
@@ -154,6 +182,41 @@ def test_noise_is_a_function_of_seed_sample_and_step():
     fixed = draw([4, 9], 0, "fixed")
     assert np.array_equal(fixed[0], fixed[1])
     assert np.array_equal(fixed, draw([1, 2], 5, "fixed"))
+
+
+def test_cached_prefix_equals_the_whole_rollout_bit_for_bit(monkeypatch, settings, tmp_path):
+    use_devices(monkeypatch)
+    results = []
+    for cache in ("off", "auto"):
+        run = set_up(settings(**{"noise.prefix_cache": cache}), epath.Path(tmp_path))
+        assert ("dit" in run.networks.graphs) == (cache == "off")
+        batch = run.place(next(run.iterator()))
+        assert ("prefix" in batch) == (cache == "auto")
+        state, metrics = run.step(run.state, run.frozen, batch, run.key)
+        results.append((metrics, snapshot(state.params)))
+    (whole, params), (cached, cached_params) = results
+    for name in whole:
+        assert np.array_equal(whole[name], cached[name]), name
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(cached_params), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_the_prefix_ends_where_something_trains(settings):
+    def phases(**changes):
+        cfg = settings(**changes)
+        return [[p.expert for p in s.phases] for s in split_prefix(cfg, make_sampler(cfg, DIT_PRESETS["mini"]))]
+
+    assert phases() == [["dit"], ["dit2", "dit2"]]
+    assert phases(**{"noise.prefix_cache": "off"}) == [[], ["dit", "dit2", "dit2"]]
+    assert phases(**{"noise.per_sample": 0})[0] == []
+    assert phases(**{"noise.per_sample": 0, "noise.mode": "fixed"})[0] == ["dit"]
+    assert phases(lora_base_model="dit,dit2", mid_timestep=2)[0] == []
+    assert phases(trainable_models="dit2,text_encoder")[0] == []
+    assert phases(trainable_models="dit2,vae")[0] == ["dit"]
+    with pytest.raises(UserError, match="noises never repeat"):
+        phases(**{"noise.prefix_cache": "on", "noise.per_sample": 0})
+    with pytest.raises(UserError, match="takes part in the first step"):
+        phases(**{"noise.prefix_cache": "on"}, lora_base_model="dit,dit2", mid_timestep=2)
 
 
 def test_a_network_without_gradient_steps_cannot_train(settings):
@@ -171,7 +234,7 @@ def test_a_network_without_gradient_steps_cannot_train(settings):
 
 
 def test_sharding_rules_cover_every_parameter_and_none_is_unused(monkeypatch, settings, tmp_path):
-    use_devices(monkeypatch, 1)
+    use_devices(monkeypatch)
     run = set_up(settings(), epath.Path(tmp_path))
     adapters, weights = run.state.params["dit2"], run.frozen.rest["dit2"]
     check_rules([adapters, weights], "dit", run.mesh, adapted=True)
@@ -215,9 +278,3 @@ def test_first_frame_in_the_latents_has_timestep_zero_and_guidance_extrapolates(
     assert relative(experts["dit"].velocity(x, jnp.full(2, 500.0)), without + 3.0 * (with_text - without)) < 1e-5
     # Nothing of it trains: no reference, and nothing to diverge from.
     assert experts["dit"].reference is None
-
-
-def test_forward_flops_are_the_designs():
-    cfg = DIT_PRESETS["wan2_2_i2v_a14b"]
-    for tokens, tera in ((18_900, 755), (32_760, 1_678), (75_600, 6_523)):
-        assert dit_forward_flops(cfg, tokens) / 1e12 == pytest.approx(tera, rel=2e-3)

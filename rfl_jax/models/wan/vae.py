@@ -22,6 +22,8 @@ from jaxtyping import Array, Float
 from rfl_jax.models.conv import conv2d, conv3d
 from rfl_jax.models.layers import Linear, lecun_normal
 from rfl_jax.models.wan.config import VAEConfig
+from rfl_jax.remat import OFFLOAD_VAE_CACHES, VAE_CACHE, checkpoint_name
+from rfl_jax.sharding import pin
 
 Video = Float[Array, "b t h w c"]
 
@@ -346,11 +348,23 @@ class VAE(nnx.Module):
         cfg: sizes and latent statistics.
         dtype: compute dtype of the convolutions; norms and outputs are float32.
         remat: recompute each latent frame's activations in the backward pass instead of keeping them.
+        caches: where the caches that one latent frame leaves to the next wait for the backward pass, which needs all of
+            them: "keep" them on the device, "offload" them to pinned host memory, or "recompute" them in groups.
+            The last two only with `remat`.
     """
 
-    def __init__(self, cfg: VAEConfig, *, dtype: DTypeLike = jnp.float32, remat: bool = True, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        cfg: VAEConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = True,
+        caches: str = "keep",
+        rngs: nnx.Rngs,
+    ) -> None:
         self.cfg = cfg
         self.remat = remat
+        self.caches = caches
         self.encoder = Encoder(cfg, dtype=dtype, rngs=rngs)
         self.quant = Linear(2 * cfg.z_dim, 2 * cfg.z_dim, dtype=dtype, rngs=rngs)
         self.post_quant = Linear(cfg.z_dim, cfg.z_dim, dtype=dtype, rngs=rngs)
@@ -398,9 +412,11 @@ class VAE(nnx.Module):
         Returns:
             [b, 4n+1, h*stride, w*stride, 3], float32, about [-1, 1] but not clamped.
         """
+        # Columns are spread over the mesh: pins at both ends suffice, the compiler exchanges halos in between.
+        latents = pin(latents, None, None, "context")
         z = rearrange(self.post_quant(self._denormalise(latents)), "b n h w c -> n b 1 h w c")
         out = rearrange(self._scan(self.decoder, z), "n b t h w c -> b (n t) h w c")
-        return self._unpatchify(out[:, self.cfg.stride[0] - 1 :])
+        return pin(self._unpatchify(out[:, self.cfg.stride[0] - 1 :]), None, None, "context")
 
     def decode_whole(self, latents: Video) -> Video:
         """`decode` of all frames at once."""
@@ -415,12 +431,27 @@ class VAE(nnx.Module):
             return clock.caches, out
 
         def step(caches: list[Array], x: tuple[Array, Array]) -> tuple[list[Array], Array]:
-            return run(*x, caches)
+            return run(*x, [checkpoint_name(c, VAE_CACHE) for c in caches])
 
         shapes, _ = jax.eval_shape(lambda c: run(c, jnp.bool_(True), None), chunks[0])
         caches = [jnp.zeros(s.shape, s.dtype) for s in shapes]
         first = jnp.arange(chunks.shape[0]) == 0
-        return jax.lax.scan(jax.checkpoint(step) if self.remat else step, caches, (chunks, first))[1]
+        if not self.remat:
+            return jax.lax.scan(step, caches, (chunks, first))[1]
+        policy = OFFLOAD_VAE_CACHES if self.caches == "offload" else None
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        count = chunks.shape[0]
+        # Groups as even as the number of frames allows: 21 latent frames are 3 times 7.
+        groups = max((n for n in range(1, count + 1) if count % n == 0 and n * n <= count), default=1)
+        if self.caches != "recompute" or groups == 1:
+            return jax.lax.scan(step, caches, (chunks, first))[1]
+
+        def group(caches: list[Array], x: tuple[Array, Array]) -> tuple[list[Array], Array]:
+            return jax.lax.scan(step, caches, x)
+
+        split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), (chunks, first))
+        out = jax.lax.scan(jax.checkpoint(group, prevent_cse=False), caches, split)[1]
+        return out.reshape(count, *out.shape[2:])
 
     def _statistics(self) -> tuple[Array, Array]:
         return jnp.asarray(self.cfg.latent_mean, jnp.float32), jnp.asarray(self.cfg.latent_std, jnp.float32)

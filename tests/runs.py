@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 from rfl_jax.config import default_config, parse
 from rfl_jax.miniature.data import draw_clips
 from rfl_jax.miniature.world import FRAMES, SIZE, asset_paths, judge_path
+from rfl_jax.training import setup as run_setup
+from tests.devices import make_mesh
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +51,12 @@ def settings(clip_folder, cache_folder):
         return parse(config)
 
     return make
+
+
+def use_devices(monkeypatch):
+    """A mesh of the first devices only."""
+
+    monkeypatch.setattr(run_setup, "make_mesh", lambda sizes: make_mesh(*(max(n, 1) for n in sizes.values())))
 
 
 def read_metrics(workdir):

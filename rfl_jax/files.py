@@ -1,0 +1,50 @@
+"""Files in local folders and in buckets (`gs://`), written whole or not at all."""
+
+import contextlib
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+def is_remote(path: Path | epath.Path) -> bool:
+    """Whether it lies in a bucket."""
+    return "://" in str(path)
+
+
+def files_below(path: epath.Path) -> list[epath.Path]:
+    """All files of a folder in a fixed order; a file alone is its own only one."""
+    if not path.is_dir():
+        return [path]
+    return [file for child in sorted(path.iterdir()) for file in files_below(child)]
+
+
+def absolute(path: str | epath.Path) -> epath.Path:
+    """The path as Orbax wants it."""
+    return epath.Path(path) if is_remote(epath.Path(path)) else epath.Path(path).resolve()
+
+
+def array_handler() -> ocp.PyTreeCheckpointHandler:
+    """How Orbax stores trees of arrays here: a folder each. Arrays are stacked, so there are few; the one-database form
+    is for many, and several threads at its manifest fail in a bucket that does not order their writes.
+    """
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+
+
+def write_whole(path: Path | epath.Path, content: bytes | str) -> None:
+    """Replaces a file by new content. Locally it is written aside and renamed; an object of a bucket appears when its
+    upload is complete.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+        path.write_bytes(data)
+        return
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise

@@ -1,0 +1,91 @@
+"""Several hosts in one run: the same command on each of them, process 0 writes what all share.
+
+A host is a process. Its rank, and the address of process 0, come from the slice it runs on (TPU, Slurm, Kubernetes:
+whatever `jax.distributed.initialize` finds by itself), or from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID.
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rfl_jax.errors import UserError
+
+# A host that has not been heard of for so long is given up, and with it the run.
+HEARTBEAT_S = 30
+
+
+def join() -> None:
+    """Joins the run's other hosts; to be called before any device is asked for.
+
+    Raises:
+        UserError: their addresses are not to be found, or they do not answer.
+    """
+    settings: dict[str, Any] = {}
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        try:
+            settings = {
+                "coordinator_address": os.environ["JAX_COORDINATOR_ADDRESS"],
+                "num_processes": int(os.environ["JAX_NUM_PROCESSES"]),
+                "process_id": int(os.environ["JAX_PROCESS_ID"]),
+            }
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                "--distributed: JAX_COORDINATOR_ADDRESS is set, expected whole numbers in JAX_NUM_PROCESSES and "
+                f"JAX_PROCESS_ID as well ({error})"
+            ) from None
+    try:
+        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT_S)
+    except (RuntimeError, ValueError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--distributed: the other hosts cannot be joined ({line})") from None
+
+
+def is_writer() -> bool:
+    """Whether this process writes what all share."""
+    return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Waits until all hosts are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_host(flag: bool) -> bool:
+    """Whether it is so on any host."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def place(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every host holds whole, as one array on the mesh: each host hands over its own pieces."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def random_key(data: int | np.ndarray, mesh: Mesh) -> jax.Array:
+    """A key on all devices of the mesh, of a seed or of what `jax.random.key_data` gave."""
+    make = jax.random.key if isinstance(data, int) else jax.random.wrap_key_data
+    return jax.jit(make, out_shardings=NamedSharding(mesh, PartitionSpec()))(data)
+
+
+def share_of(sharding: NamedSharding, groups: int) -> tuple[int, int]:
+    """Which part of a batch this process feeds: its number, and the number of different parts.
+
+    Hosts whose devices lie in the same group of samples (the context axis spans them) feed the same part.
+
+    Args:
+        sharding: of a batch's first axis.
+        groups: into which the batch is split.
+    """
+    indices = sharding.addressable_devices_indices_map((groups,)).values()
+    mine = sorted({index[0].indices(groups)[0] for index in indices if index is not None})
+    return mine[0] // len(mine), groups // len(mine)

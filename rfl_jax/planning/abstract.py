@@ -1,0 +1,189 @@
+"""A run without its weights: the step of training and the shapes of everything it is called with."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from convert import store
+from rfl_jax.config import Config
+from rfl_jax.data.prepare import detector_file, embedder_file
+from rfl_jax.models.attention import kernel_for
+from rfl_jax.models.umt5 import UMT5Config
+from rfl_jax.models.wan.config import DIT_PRESETS, VAE_PRESETS, VAEConfig
+from rfl_jax.rewards.arcface import IResNetConfig
+from rfl_jax.rewards.face import FaceReward
+from rfl_jax.rewards.scrfd import SCRFDConfig, family
+from rfl_jax.sharding import BATCH, batch_shards, shardings
+from rfl_jax.sources import find_sources
+from rfl_jax.training.optim import learning_rate, optimizer
+from rfl_jax.training.setup import TABLES, experts_of, jit_step, state_places
+from rfl_jax.training.state import Frozen, Networks, States, create_state, split_networks
+from rfl_jax.training.step import Sampler, make_sampler, split_prefix
+
+UMT5_XXL = UMT5Config(256384, 4096, 4096, 10240, num_heads=64, num_layers=24)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is compiled.
+
+    Attributes:
+        step: the jitted step of training.
+        args: shapes, types and places of its arguments: state, frozen weights, batch, key.
+        sampler: its denoising steps.
+        latents: frames, rows and columns of one sample.
+        samples: in one update.
+        vae, detector, embedder: sizes of the networks after the DiT.
+        frames, height, width: of one video.
+    """
+
+    step: Any
+    args: tuple[Any, ...]
+    sampler: Sampler
+    latents: tuple[int, int, int]
+    samples: int
+    vae: VAEConfig
+    detector: SCRFDConfig
+    embedder: IResNetConfig
+    frames: int
+    height: int
+    width: int
+
+
+def video_size(cfg: Config) -> tuple[int, int, int]:
+    """Frames, height and width that a run of this configuration is planned for: `data.height` and `data.width`, else
+    the largest square of `data.max_pixels`.
+    """
+    multiple = 32 if DIT_PRESETS[cfg.preset].first_frame_in_latents else 16
+    side = int(cfg.data.max_pixels**0.5) // multiple * multiple
+    return cfg.data.num_frames, cfg.data.height or side, cfg.data.width or side
+
+
+def make_plan(cfg: Config, mesh: Mesh) -> Plan:
+    """The step of a configuration on a mesh. Weights that the configuration names are described by their headers; where
+    it names none, the published checkpoints of its preset are meant.
+    """
+    dit = DIT_PRESETS[cfg.preset]
+    sources = find_sources(cfg, experts=experts_of(cfg)) if cfg.model_paths else None
+    vae = _describe("vae", sources.vae if sources else None, VAE_PRESETS["wan2_2" if dit.out_dim == 48 else "wan2_1"])
+    text = _describe("umt5", sources.text_encoder if sources else None, UMT5_XXL)
+    folder = cfg.reward_model_path
+    detector = _describe("scrfd", [detector_file(folder)] if folder else None, family("10g"))
+    embedder = _describe("arcface", [embedder_file(folder)] if folder else None, IResNetConfig())
+
+    prefix, sampler = split_prefix(cfg, make_sampler(cfg, dit))
+    experts = sorted({phase.expert for phase in sampler.phases})
+    networks, params, frozen = _networks(cfg, mesh, experts, vae, text, detector, embedder)
+    tx, schedule = optimizer(cfg, 1000), learning_rate(cfg, 1000)
+    places = state_places(params, tx, mesh)
+    state = _placed(jax.eval_shape(lambda p: create_state(p, tx), params), places)
+    frozen = Frozen(
+        *(
+            {name: _placed(states[name], shardings(states[name], TABLES[name], mesh)) for name in states}
+            for states in (frozen.rest, frozen.reference)
+        )
+    )
+
+    frames, height, width = video_size(cfg)
+    st, sh, sw = vae.stride
+    latents = ((frames - 1) // st + 1, height // sh, width // sw)
+    micro = cfg.per_device_train_batch_size * batch_shards(mesh)
+    spread = NamedSharding(mesh, PartitionSpec(None, *BATCH))
+
+    def samples(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((cfg.gradient_accumulation_steps, micro, *shape), dtype, sharding=spread)
+
+    channels = dit.out_dim if dit.first_frame_in_latents else dit.in_dim - dit.out_dim
+    batch = {
+        "sample": samples(dtype=jnp.int32),
+        "noise_index": samples(dtype=jnp.int32),
+        "y": samples(*latents, channels),
+        "pool": samples(frames, embedder.embedding),
+    }
+    if prefix.phases:
+        batch["prefix"] = samples(*latents, dit.out_dim)
+    if "text_encoder" in cfg.trained:
+        batch |= {name: samples(dit.text_len, dtype=jnp.int32) for name in ("ids", "mask")}
+    else:
+        batch["context"] = samples(dit.text_len, dit.text_dim)
+    if sampler.guidance != 1.0:
+        batch["negative_context"] = jax.ShapeDtypeStruct(
+            (cfg.gradient_accumulation_steps, 1, dit.text_len, dit.text_dim), jnp.float32,
+            sharding=NamedSharding(mesh, PartitionSpec()),
+        )  # fmt: skip
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    return Plan(
+        jit_step(cfg, networks, sampler, tx, schedule, places),
+        (state, frozen, batch, key),
+        sampler,
+        latents,
+        micro * cfg.gradient_accumulation_steps,
+        vae,
+        detector,
+        embedder,
+        frames,
+        height,
+        width,
+    )
+
+
+def _describe(kind: str, files: list[str] | None, published: Any) -> Any:
+    return store.describe(kind, files) if files else published
+
+
+def _placed(tree: Any, places: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+
+
+def _networks(
+    cfg: Config,
+    mesh: Mesh,
+    experts: Sequence[str],
+    vae: VAEConfig,
+    text: UMT5Config,
+    detector: SCRFDConfig,
+    embedder: IResNetConfig,
+) -> tuple[Networks, States, Frozen]:
+    """Shapes of all networks of the step, in the types in which `load_networks` keeps them."""
+    dtype = jnp.dtype(cfg.dtype)
+    kernel = kernel_for(cfg.attention, mesh.devices.flat[0].platform)
+    found: list[Networks] = []
+
+    def kept(kind: str, sizes: Any, stored: str | None, **options: Any) -> Any:
+        graph, weights = nnx.split((store.SAFETENSORS.get(kind) or store.ONNX[kind]).build(sizes, **options))
+        return nnx.merge(graph, jax.tree.map(lambda x: x.astype(stored or x.dtype), weights))
+
+    def build() -> tuple[States, Frozen]:
+        dits = {
+            name: kept("dit", DIT_PRESETS[cfg.preset], cfg.dtype, dtype=dtype, remat_policy=cfg.policy, kernel=kernel)
+            for name in experts
+        }
+        stored = "float32" if "vae" in cfg.trained else cfg.dtype
+        networks, params, frozen = split_networks(
+            cfg,
+            dits=dits,
+            vae=kept("vae", vae, stored, dtype=dtype, remat=cfg.policy != "none", caches=cfg.vae_caches),
+            reward=FaceReward(kept("scrfd", detector, None), kept("arcface", embedder, None), cfg.reward),
+            text_encoder=kept("umt5", text, cfg.dtype, dtype=dtype) if "text_encoder" in cfg.trained else None,
+        )
+        found.append(networks)
+        return params, frozen
+
+    params, frozen = jax.eval_shape(build)
+    return found[0], params, frozen
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Memory that arguments take on one device."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )

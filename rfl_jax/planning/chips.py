@@ -1,0 +1,90 @@
+"""Accelerators that may be planned for: their topologies by name and what a chip can do."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from rfl_jax.errors import UserError
+
+GB, GIB = 1e9, 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as jax counts it (a TensorCore where a chip shows two).
+
+    Attributes:
+        flops: peak bf16 matrix FLOP/s.
+        memory: bytes of HBM that a program may use.
+        bandwidth: of HBM, bytes/s.
+        interconnect: bytes/s to all neighbours together.
+    """
+
+    flops: float
+    memory: float
+    bandwidth: float
+    interconnect: float
+
+
+# cloud.google.com/tpu/docs: system architecture of v5e, v5p, v6e, TPU7x. Interconnect figures there are bits/s a chip.
+# Memory: what the compiler itself allows a program (its out-of-memory message names it).
+CHIPS = {
+    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819 * GB, 200 * GB),
+    "TPU v5": Chip(459e12, 95.74 * GIB, 2765 * GB, 600 * GB),
+    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1640 * GB, 448 * GB),
+    "TPU7x": Chip(1153.5e12, 94.75 * GIB, 3690 * GB, 600 * GB),
+}
+
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_SOLID = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+# The accelerator types one orders: v5p is counted in cores, two a chip, the others in chips.
+ACCELERATOR_TYPES = {
+    **{f"v5e-{chips}": f"v5e:{shape}" for chips, shape in _FLAT.items()},
+    **{f"v6e-{chips}": f"v6e:{shape}" for chips, shape in _FLAT.items()},
+    **{f"v5p-{2 * chips}": f"v5p:{shape}" for chips, shape in _SOLID.items()},
+    **{f"{name}-{chips}": f"tpu7x:{shape}" for chips, shape in _SOLID.items() for name in ("tpu7x", "v7x")},
+}
+
+# What libtpu asks a machine that is none of Google's; without them it waits for a metadata server.
+_LIBTPU_SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def devices_of(name: str) -> Sequence[Any]:
+    """Devices of a topology (`v5p:2x2x1`), of an accelerator type (`v5p-8`), or of this machine (`local`).
+
+    Raises:
+        UserError: libtpu does not know the topology, or is not installed.
+    """
+    if name == "local":
+        return jax.devices()
+    topology = ACCELERATOR_TYPES.get(name, name).replace("v7x:", "tpu7x:")
+    # The topology's devices are not this machine's, which may have none.
+    jax.config.update("jax_platforms", "cpu")
+    for key, value in _LIBTPU_SETTINGS.items():
+        os.environ.setdefault(key, value)
+    # Imported late: it reads the settings above.
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # libtpu raises whatever its C++ side says
+        line = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        if "libtpu" in line.lower() and "found" in line.lower():
+            raise UserError("--topology: TPU plans need libtpu: pip install libtpu") from None
+        raise UserError(
+            f"--topology: {name}: expected local, an accelerator type such as v5p-8, or a topology such as "
+            f"v5p:2x2x1 ({line})"
+        ) from None
+
+
+def chip_of(device: Any) -> Chip | None:
+    """The device's figures; None where they are not known."""
+    return CHIPS.get(device.device_kind)

@@ -1,0 +1,67 @@
+"""How many floating-point operations a step needs, and how many it executes. Matrix products and convolutions only."""
+
+import dataclasses
+
+import numpy as np
+
+from rfl_jax.config import Config
+from rfl_jax.models.wan.config import DiTConfig
+from rfl_jax.training.step import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One forward pass of a DiT over one sample.
+
+    Attributes:
+        linear: products with weights.
+        attention: products of queries, keys and values.
+    """
+
+    linear: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention
+
+
+def dit_forward(cfg: DiTConfig, tokens: int) -> Forward:
+    """Operations of the blocks; embeddings and head are a thousandth of them."""
+    n, d, s = tokens, cfg.dim, cfg.text_len
+    linear = 8 * n * d * d + 4 * n * d * d + 4 * s * d * d + 4 * n * d * cfg.ffn_dim
+    return Forward(float(cfg.num_layers * linear), float(cfg.num_layers * (4 * n * n * d + 4 * n * s * d)))
+
+
+def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: int) -> tuple[float, float]:
+    """What one update needs of the transformers, and what it executes, all samples together.
+
+    A step without gradient is a forward pass. One with gradient is two, the second the reference, and a backward pass:
+    for weights that stay, as much as forward; for those that train in full, twice; for attention twice, as its
+    kernels recompute the scores two and a half times. Rematerialisation executes the forward pass again, under
+    "save_attention" without its attention, under "nested" twice.
+
+    Args:
+        cfg: what trains, and how.
+        sampler: the steps.
+        latents: frames, rows and columns of one sample.
+        samples: in one update.
+    """
+    tokens = int(np.prod(latents)) // int(np.prod(sampler.dit.patch_size))
+    one = dit_forward(sampler.dit, tokens)
+    needed = executed = 0.0
+    for phase in sampler.phases:
+        passes = float(phase.stop - phase.start)
+        if not phase.gradient:
+            needed += passes * one.total
+            executed += passes * one.total
+            continue
+        trained = phase.expert in cfg.trained
+        in_full = trained and phase.expert not in cfg.adapted
+        forward = one.total * (2 if trained else 1)
+        backward = one.linear * (2 if in_full else 1)
+        again = {"none": 0.0, "save_attention": one.linear, "nested": 2 * one.total}.get(cfg.policy, one.total)
+        needed += passes * (forward + backward + 2 * one.attention)
+        executed += passes * (forward + backward + 2.5 * one.attention + again)
+    guided = samples * (1 if sampler.guidance == 1.0 else 2)
+    return guided * needed, guided * executed

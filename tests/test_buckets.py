@@ -1,0 +1,103 @@
+"""A run that lives in a bucket: weights converted to gs://, trained from there into gs://, stopped and resumed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from rfl_jax.miniature.world import ASSETS, DIT_FILES, T5_FILE, VAE_FILE
+
+BUCKET = "runs"
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """Environment of processes that see a bucket, served on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = ["--host", "127.0.0.1", "--port", str(port), "--default-bucket", BUCKET, "-M"]
+    server = subprocess.Popen(
+        [sys.executable, "-c", "from gcp_storage_emulator.__main__ import main; main()", "start", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{url}/storage/v1/b", timeout=1).close()
+                break
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                assert server.poll() is None, "the bucket's server ended"
+                time.sleep(0.1)
+        yield {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+            "STORAGE_EMULATOR_HOST": url,
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "fake",
+            "GOOGLE_CLOUD_PROJECT": "test",
+            "GCE_METADATA_ROOT": "127.0.0.1:9",
+            "NO_GCE_CHECK": "true",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def run(bucket, module, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], env=bucket, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def listing(bucket):
+    with urllib.request.urlopen(f"{bucket['STORAGE_EMULATOR_HOST']}/storage/v1/b/{BUCKET}/o") as response:
+        return {item["name"]: item for item in json.load(response).get("items", [])}
+
+
+def read(bucket, name):
+    address = f"{bucket['STORAGE_EMULATOR_HOST']}/storage/v1/b/{BUCKET}/o/{name.replace('/', '%2F')}?alt=media"
+    with urllib.request.urlopen(address) as response:
+        return response.read().decode()
+
+
+def test_convert_train_stop_and_resume_in_a_bucket(bucket, clip_folder):
+    weights = []
+    for component, name, source in (
+        ("dit", "high", ASSETS / DIT_FILES["dit"]),
+        ("dit", "low", ASSETS / DIT_FILES["dit2"]),
+        ("umt5", "umt5", ASSETS / "umt5" / T5_FILE),
+        ("vae", "vae", ASSETS / "vae" / VAE_FILE),
+    ):
+        weights.append(f"gs://{BUCKET}/weights/{name}")
+        run(bucket, "convert", component, "--src", str(source), "--dst", weights[-1])
+
+    def train(steps):
+        return run(
+            bucket, "rfl_jax.train", "--config=configs/mini.py", f"--workdir=gs://{BUCKET}/mini",
+            f"--config.model_paths={json.dumps(weights)}", f"--config.file_name={clip_folder / 'metadata.csv'}",
+            "--config.train_batch_size=2", "--config.per_device_train_batch_size=2", "--config.eval.file_name=",
+            "--config.sample_every=1", f"--config.max_steps={steps}",
+        )  # fmt: skip
+
+    train(1)
+    first = [json.loads(line) for line in read(bucket, "mini/metrics.jsonl").splitlines()]
+    assert [line["step"] for line in first] == [1]
+    train(2)
+    both = [json.loads(line) for line in read(bucket, "mini/metrics.jsonl").splitlines()]
+    assert both[0] == first[0]
+    assert [line["step"] for line in both] == [1, 2]
+    names = set(listing(bucket))
+    assert {"mini/config.json", "mini/dit2_lora.safetensors", "mini/samples/step_000002.mp4"} <= names
+    assert any(name.startswith("mini/cache/") and name.endswith(".prefix.npz") for name in names)
+    assert any(name.startswith("mini/tensorboard/") for name in names)
+    assert not any(".tmp" in name or ".writable" in name for name in names)

@@ -1,0 +1,78 @@
+"""Two processes with four devices each do what one process with eight does; one that dies ends the other."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+SETTINGS = [
+    "--config=configs/mini.py", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.context=2",
+    "--config.train_batch_size=4", "--config.per_device_train_batch_size=1", "--config.eval.file_name=",
+    "--config.sample_every=0", "--config.save_steps=2", "--config.max_steps=5",
+]  # fmt: skip
+
+
+def start(workdir, clips, *arguments, process=None, port=0, devices=8):
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-m", "rfl_jax.train", *SETTINGS, f"--config.file_name={clips / 'metadata.csv'}"]
+    command += [f"--workdir={workdir}", *arguments]
+    if process is not None:
+        command.append("--distributed")
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(process),
+        }
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_pair(*args):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [start(*args, process=i, port=port, devices=4) for i in (0, 1)]
+
+
+def lines(workdir):
+    file = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def finish(processes, timeout=600):
+    output = [process.communicate(timeout=timeout)[0] for process in processes]
+    return [process.returncode for process in processes], output
+
+
+def test_two_processes_equal_one_and_survive_a_death(tmp_path, clip_folder):
+    codes, output = finish([start(tmp_path / "one", clip_folder)])
+    assert codes == [0], output[0]
+    want = lines(tmp_path / "one")
+    assert [line["step"] for line in want] == [1, 2, 3, 4, 5]
+
+    # The second process is killed after the first checkpoint; the first ends by itself and says why.
+    pair = start_pair(tmp_path / "two", clip_folder)
+    while len(lines(tmp_path / "two")) < 3:
+        assert all(process.poll() is None for process in pair), finish(pair)
+        time.sleep(0.2)
+    pair[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    (code, _), (text, _) = finish(pair, timeout=120)
+    assert code not in (0, 2), text
+    assert time.monotonic() - began < 60
+    assert "another host" in text or "heartbeat" in text.lower(), text
+
+    codes, output = finish(start_pair(tmp_path / "two", clip_folder))
+    assert codes == [0, 0], output
+    found = lines(tmp_path / "two")
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
+    for a, b in zip(found, want, strict=True):
+        for figure in ("loss", "face_score", "no_face_fraction", "learning_rate"):
+            assert a[figure] == pytest.approx(b[figure], rel=1e-3, abs=1e-6), figure
+    # Both processes stepped, one of them wrote.
+    assert "step 5/5" in output[0]
+    assert "step 5/5" not in output[1]

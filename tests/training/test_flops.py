@@ -1,0 +1,41 @@
+"""Counted operations are the design's and the compiler's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from rfl_jax.config import Config
+from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.models.wan.dit import DiT
+from rfl_jax.training.flops import dit_flops, dit_forward
+from rfl_jax.training.step import make_sampler
+
+A14B = DIT_PRESETS["wan2_2_i2v_a14b"]
+
+
+@pytest.mark.parametrize(("tokens", "tera"), [(18_900, 755), (32_760, 1_678), (75_600, 6_523)])
+def test_forward_is_the_designs(tokens, tera):
+    assert dit_forward(A14B, tokens).total / 1e12 == pytest.approx(tera, rel=2e-3)
+
+
+@pytest.mark.parametrize(("policy", "tera"), [("full", 16_980), ("save_attention", 16_980 - (14_706 - 13_504))])
+def test_a_step_executes_the_designs(policy, tera):
+    cfg = Config(remat_policy=policy)
+    needed, executed = dit_flops(cfg, make_sampler(cfg, A14B), (21, 60, 60), 1)
+    assert executed / 1e12 == pytest.approx(tera, rel=0.02)
+    assert needed < executed
+    assert dit_flops(cfg, make_sampler(cfg, A14B), (21, 60, 60), 3)[1] == pytest.approx(3 * executed)
+
+
+def test_the_compiler_counts_the_same():
+    cfg = dataclasses.replace(DIT_PRESETS["mini"], num_layers=1, dim=256, num_heads=2, ffn_dim=512)
+    graph, weights = nnx.split(nnx.eval_shape(lambda: DiT(cfg, remat_policy="none", rngs=nnx.Rngs(0))))
+    x = jax.ShapeDtypeStruct((1, 4, 16, 16, cfg.in_dim), jnp.float32)
+    context = jax.ShapeDtypeStruct((1, cfg.text_len, cfg.text_dim), jnp.float32)
+    forward = jax.jit(lambda w, x, c: nnx.merge(graph, w)(x, jnp.zeros(1), c))
+    cost = forward.lower(weights, x, context).compile().cost_analysis()
+    # Embeddings, head and elementwise work on top.
+    assert cost["flops"] == pytest.approx(dit_forward(cfg, 4 * 8 * 8).total, rel=0.15)
