@@ -20,6 +20,7 @@ from rfl_jax.rewards.face import RewardConfig
 TRAINABLE = ("dit", "dit2", "vae", "text_encoder")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
+MEMORIES = ("device", "pinned_host")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 
 
@@ -153,6 +154,9 @@ class Config:
     max_steps: int = -1
     sample_every: int = 25
     dtype: str = "bfloat16"
+    frozen_weights: str = ""
+    frozen_memory: str = "device"
+    optimizer_memory: str = "device"
     remat_policy: str = ""
     vae_caches: str = "keep"
     attention: str = "auto"
@@ -173,6 +177,16 @@ class Config:
     def adapted(self) -> tuple[str, ...]:
         """Networks that train by adapters."""
         return _names(self.lora_base_model)
+
+    def quantizes(self, network: str) -> bool:
+        """Whether a DiT's weights are kept as 8-bit integers."""
+        in_full = network in self.trained and network not in self.adapted
+        return self.frozen_weights == "int8" and network in ("dit", "dit2") and not in_full
+
+    def streams(self, network: str) -> bool:
+        """Whether a DiT's frozen weights wait in host memory for their layer's turn."""
+        in_full = network in self.trained and network not in self.adapted
+        return self.frozen_memory == "pinned_host" and network in ("dit", "dit2") and not in_full
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -266,6 +280,9 @@ def _check(cfg: Config) -> None:
     need(cfg.lr_scheduler_type in SCHEDULERS, "lr_scheduler_type", f"one of {', '.join(SCHEDULERS)}")
     need(cfg.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
     need(cfg.remat_policy in ("", *remat.NAMES), "remat_policy", f"one of {', '.join(remat.NAMES)}, or empty")
+    for key in ("frozen_memory", "optimizer_memory"):
+        need(getattr(cfg, key) in MEMORIES, key, f"one of {', '.join(MEMORIES)}")
+    need(cfg.frozen_weights in ("", "int8"), "frozen_weights", "int8, or empty for the run's dtype")
     need(cfg.vae_caches in remat.VAE_CACHES, "vae_caches", f"one of {', '.join(remat.VAE_CACHES)}")
     need(cfg.vae_caches == "keep" or cfg.policy != "none", "vae_caches", "keep, as nothing is rematerialised")
     need(cfg.attention in ATTENTIONS, "attention", f"one of {', '.join(ATTENTIONS)}")

@@ -1,4 +1,4 @@
-"""Prepares a run's clips ahead of training: `python -m rfl_jax.prepare --config=FILE --workdir=DIR`.
+"""Prepares a run's clips and their frozen prefix ahead of training: `python -m rfl_jax.prepare --config=FILE --workdir=DIR`.
 
 Training does the same before its first step; clips that are prepared already are taken from the cache.
 """
@@ -6,19 +6,14 @@ Training does the same before its first step; clips that are prepared already ar
 from absl import flags
 
 from rfl_jax import cli
-from rfl_jax.data.metadata import read_metadata
-from rfl_jax.data.prepare import Encoders, prepare
-from rfl_jax.sources import find_sources
-from rfl_jax.training.setup import cache_folder, experts_of
+from rfl_jax.training.setup import cache_folder, prepare_run
 
 
 def main() -> None:
     cfg = cli.load_config(_CONFIG)
     workdir = cli.open_workdir(_WORKDIR.value)
-    cache = cache_folder(cfg, workdir)
-    encoders = Encoders(cfg, find_sources(cfg, experts=experts_of(cfg)), cfg.eval.judge_model_path)
-    prepared = prepare(encoders, read_metadata(cfg.file_name), cache, listed_in=cfg.file_name)
-    print(f"{len(prepared)} clips in {cache}")
+    ready = prepare_run(cfg, workdir)
+    print(f"{len(ready.prepared)} clips, {len(ready.held_out)} held out, in {cache_folder(cfg, workdir)}")
 
 
 if __name__ == "__main__":

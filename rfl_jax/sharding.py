@@ -24,9 +24,11 @@ BATCH = P(SAMPLES)
 PIECES = ("fsdp", "context")
 
 _ADAPTER = (r"blocks\..*\.lora_a", P(None, PIECES, None)), (r"blocks\..*\.lora_b", P(None, None, PIECES))
+_QUANTIZED = ((r"blocks\..*\.kernel_scale", P(None, None)),)
 RULES: dict[str, Rules] = {
     "dit": (
         *_ADAPTER,
+        *_QUANTIZED,
         (r"blocks\..*\.kernel", P(None, PIECES, None)),
         (r"blocks\..*\.(bias|scale)", P(None, None)),
         (r"blocks\.modulation", P(None, None, PIECES)),
@@ -84,26 +86,35 @@ def _size(axes: str | tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
 
 
-def shardings(state: nnx.State, network: str, mesh: Mesh) -> nnx.State:
-    """NamedShardings in the structure of a network's state."""
+def shardings(state: nnx.State, network: str, mesh: Mesh, *, blocks_memory: str | None = None) -> nnx.State:
+    """NamedShardings in the structure of a network's state.
+
+    Args:
+        blocks_memory: memory kind of the stacked blocks; None: the device's own.
+    """
     rules = RULES[network]
 
     def place(path: tuple, leaf: jax.Array) -> NamedSharding:
         name = ".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path).removesuffix(".value")
-        return NamedSharding(mesh, spec_of(name, leaf.shape, rules, mesh))
+        memory = blocks_memory if name.startswith("blocks.") else None
+        return NamedSharding(mesh, spec_of(name, leaf.shape, rules, mesh), memory_kind=memory)
 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def check_rules(states: Sequence[nnx.State], network: str, mesh: Mesh, *, adapted: bool) -> None:
+def check_rules(
+    states: Sequence[nnx.State], network: str, mesh: Mesh, *, adapted: bool, quantized: bool = False
+) -> None:
     """Raises KeyError where a parameter has no rule or a rule no parameter.
 
     Args:
         states: the parts of one network, trainable and frozen.
         network: name of its table.
         adapted: whether it has adapters, which are a part of the table only then.
+        quantized: whether its kernels have scales; likewise.
     """
-    used = set() if adapted else {pattern for pattern, _ in _ADAPTER}
+    absent = (() if adapted else _ADAPTER) + (() if quantized else _QUANTIZED)
+    used = {pattern for pattern, _ in absent}
     for state in states:
         for path, leaf in nnx.to_flat_state(state):
             spec_of(".".join(map(str, path)), leaf.shape, RULES[network], mesh, used)

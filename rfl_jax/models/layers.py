@@ -22,7 +22,9 @@ def lecun_normal(rngs: nnx.Rngs, shape: Sequence[int], fan_in: int) -> Array:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, plus the adapter's `(alpha / rank) * x @ lora_a @ lora_b` where one was added."""
+    """`x @ kernel + bias`, plus the adapter's `(alpha / rank) * x @ lora_a @ lora_b` where one was added. A kernel of int8
+    (`rfl_jax.models.quantize`) has a scale per output channel.
+    """
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
         self.kernel = nnx.Param(lecun_normal(rngs, (*stack, d_in, d_out), d_in))
         self.bias = nnx.Param(jnp.zeros((*stack, d_out))) if bias else None
+        self.kernel_scale: nnx.Param | None = nnx.data(None)
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 1.0
@@ -44,6 +47,8 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*b d_in"]) -> Float[Array, "*b d_out"]:
         x = x.astype(self.dtype)
         y = x @ self.kernel[...].astype(self.dtype)
+        if self.kernel_scale is not None:
+            y = y * self.kernel_scale[...].astype(self.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None:

@@ -14,15 +14,16 @@ from convert import store
 from rfl_jax.config import Config
 from rfl_jax.data.prepare import detector_file, embedder_file
 from rfl_jax.models.attention import kernel_for
+from rfl_jax.models.quantize import quantize
 from rfl_jax.models.umt5 import UMT5Config
 from rfl_jax.models.wan.config import DIT_PRESETS, VAE_PRESETS, VAEConfig
 from rfl_jax.rewards.arcface import IResNetConfig
 from rfl_jax.rewards.face import FaceReward
 from rfl_jax.rewards.scrfd import SCRFDConfig, family
-from rfl_jax.sharding import BATCH, batch_shards, shardings
+from rfl_jax.sharding import BATCH, batch_shards
 from rfl_jax.sources import find_sources
 from rfl_jax.training.optim import learning_rate, optimizer
-from rfl_jax.training.setup import TABLES, experts_of, jit_step, state_places
+from rfl_jax.training.setup import experts_of, frozen_places, jit_step, state_places
 from rfl_jax.training.state import Frozen, Networks, States, create_state, split_networks
 from rfl_jax.training.step import Sampler, make_sampler, split_prefix
 
@@ -81,14 +82,9 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
     experts = sorted({phase.expert for phase in sampler.phases})
     networks, params, frozen = _networks(cfg, mesh, experts, vae, text, detector, embedder)
     tx, schedule = optimizer(cfg, 1000), learning_rate(cfg, 1000)
-    places = state_places(params, tx, mesh)
+    places = state_places(params, tx, cfg, mesh)
     state = _placed(jax.eval_shape(lambda p: create_state(p, tx), params), places)
-    frozen = Frozen(
-        *(
-            {name: _placed(states[name], shardings(states[name], TABLES[name], mesh)) for name in states}
-            for states in (frozen.rest, frozen.reference)
-        )
-    )
+    frozen = Frozen(*(_placed(states, frozen_places(states, cfg, mesh)) for states in (frozen.rest, frozen.reference)))
 
     frames, height, width = video_size(cfg)
     st, sh, sw = vae.stride
@@ -161,10 +157,13 @@ def _networks(
         return nnx.merge(graph, jax.tree.map(lambda x: x.astype(stored or x.dtype), weights))
 
     def build() -> tuple[States, Frozen]:
-        dits = {
-            name: kept("dit", DIT_PRESETS[cfg.preset], cfg.dtype, dtype=dtype, remat_policy=cfg.policy, kernel=kernel)
-            for name in experts
-        }
+        dits = {}
+        for name in experts:
+            dit = kept(
+                "dit", DIT_PRESETS[cfg.preset], cfg.dtype,
+                dtype=dtype, remat_policy=cfg.policy, kernel=kernel, stream=cfg.streams(name),
+            )  # fmt: skip
+            dits[name] = quantize(dit) if cfg.quantizes(name) else dit
         stored = "float32" if "vae" in cfg.trained else cfg.dtype
         networks, params, frozen = split_networks(
             cfg,
@@ -180,10 +179,10 @@ def _networks(
     return found[0], params, frozen
 
 
-def bytes_per_device(tree: Any) -> int:
-    """Memory that arguments take on one device."""
+def bytes_per_device(tree: Any, *, host: bool = False) -> int:
+    """Memory that arguments take on one device, or of its host."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and (leaf.sharding.memory_kind == "pinned_host") == host
     )

@@ -83,7 +83,7 @@ def plan_run(cfg: Config, mesh: Mesh) -> Report:
             options: Any = EFFORT if device.platform == "tpu" else None
             compiled = plan.step.lower(*plan.args).compile(compiler_options=options)
         memory = compiled.memory_analysis()
-        host = memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes
+        host = memory.host_temp_size_in_bytes + bytes_per_device(plan.args, host=True)
         arguments = memory.argument_size_in_bytes
         if device.platform == "tpu":
             # With the arguments in it, and with what waits in host memory.

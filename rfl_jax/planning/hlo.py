@@ -9,10 +9,7 @@ _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "f8e4m3fn": 8, 
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"\b(?:to_apply|calls|body|true_computation|false_computation|called_computations=\{|branch_computations=\{)"
-    r"=?%?([\w.\-]+)"
-)
+_CALLED = re.compile(r"\b(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 _OPCODE = re.compile(r"\s([a-z][a-z\-]*)\(")
@@ -69,7 +66,7 @@ def collectives(text: str) -> dict[str, Traffic]:
     def walk(name: str, times: int) -> None:
         for line in computations.get(name, ()):
             _, _, right = line.partition(" = ")
-            opcode = _OPCODE.search(" " + right.split("), ", 1)[0] if right.startswith("(") else right)
+            opcode = _OPCODE.search(right)
             kind = opcode[1].removesuffix("-start") if opcode else ""
             if kind in total:
                 shape = right[: right.find(f" {opcode[1]}(")] if opcode else ""

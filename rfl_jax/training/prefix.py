@@ -23,6 +23,7 @@ from rfl_jax import hosts
 from rfl_jax.config import Config
 from rfl_jax.data.prepare import Prepared, Sample, fingerprint, write_arrays
 from rfl_jax.models.attention import kernel_for
+from rfl_jax.models.quantize import quantize
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.sharding import BATCH, batch_shards, shardings
 from rfl_jax.sources import Sources
@@ -70,7 +71,7 @@ def roll_out_prefix(
         "levels": sampler.levels.tolist(),
         "guidance": [sampler.guidance, cfg.sampling.negative_prompt],
         "key": jax.random.key_data(key).tolist(),
-        "dtype": cfg.dtype,
+        "dtype": [cfg.dtype, cfg.frozen_weights],
         "mode": mode,
     }
 
@@ -97,10 +98,17 @@ def roll_out_prefix(
     graphs, weights = {}, {}
     for name, paths in files.items():
         module = store.open_component(
-            "dit", paths, weights_dtype=cfg.dtype, dtype=jnp.dtype(cfg.dtype), remat_policy="none", kernel=kernel
+            "dit",
+            paths,
+            weights_dtype=cfg.dtype,
+            dtype=jnp.dtype(cfg.dtype),
+            remat_policy="none",
+            kernel=kernel,
+            stream=cfg.streams(name),
         )
-        graphs[name], state = nnx.split(module)
-        weights[name] = jax.tree.map(hosts.place, state, shardings(state, "dit", mesh))
+        graphs[name], state = nnx.split(quantize(module) if cfg.quantizes(name) else module)
+        memory = "pinned_host" if cfg.streams(name) else None
+        weights[name] = jax.tree.map(hosts.place, state, shardings(state, "dit", mesh, blocks_memory=memory))
     networks = Networks(graphs, graphs, ())
 
     # Weights are arguments: what a jitted function closes over becomes a constant of its program.

@@ -17,6 +17,7 @@ from rfl_jax.data.metadata import read_metadata
 from rfl_jax.data.prepare import Encoders, Prepared, negative_context, open_reward, open_text_encoder, prepare
 from rfl_jax.errors import UserError
 from rfl_jax.models.attention import kernel_for
+from rfl_jax.models.quantize import quantize
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.sharding import BATCH, batch_shards, check_rules, make_mesh, shardings
@@ -126,8 +127,16 @@ def load_networks(cfg: Config, sources: Sources, sampler: Sampler, platform: str
         full = name in cfg.trained and name not in cfg.adapted
         stored = None if full else cfg.dtype
         dits[name] = store.open_component(
-            "dit", files, weights_dtype=stored, dtype=dtype, remat_policy=cfg.policy, kernel=kernel
+            "dit",
+            files,
+            weights_dtype=stored,
+            dtype=dtype,
+            remat_policy=cfg.policy,
+            kernel=kernel,
+            stream=cfg.streams(name),
         )
+        if cfg.quantizes(name):
+            quantize(dits[name])
         found = dits[name].cfg
         for field in dataclasses.fields(DiTConfig):
             if field.name != "boundary" and getattr(found, field.name) != getattr(preset, field.name):
@@ -147,11 +156,21 @@ def load_networks(cfg: Config, sources: Sources, sampler: Sampler, platform: str
     )
 
 
-def place_states(states: States, mesh: Mesh) -> States:
-    """Weights on the mesh, by the network's table."""
+def frozen_places(states: States, cfg: Config, mesh: Mesh) -> dict[str, Any]:
+    """Where weights lie that do not train: by the network's table, those of streamed blocks in host memory.
+
+    Args:
+        states: arrays or their shapes.
+    """
     return {
-        name: jax.tree.map(hosts.place, state, shardings(state, TABLES[name], mesh)) for name, state in states.items()
+        name: shardings(state, TABLES[name], mesh, blocks_memory="pinned_host" if cfg.streams(name) else None)
+        for name, state in states.items()
     }
+
+
+def place_states(states: States, places: dict[str, Any]) -> States:
+    """Weights on the mesh."""
+    return {name: jax.tree.map(hosts.place, state, places[name]) for name, state in states.items()}
 
 
 # Folded into the run's key, so that no clip is judged on a noise it was trained on.
@@ -182,11 +201,37 @@ def prepare_clips(cfg: Config, sources: Sources, cache: epath.Path) -> tuple[lis
     return prepared, prepare(encoders, rows, cache, listed_in=cfg.eval.file_name)
 
 
-def set_up(cfg: Config, workdir: epath.Path) -> Setup:
-    """Prepares the data, loads the weights and jits the step.
+@dataclasses.dataclass
+class Preparation:
+    """A run before the weights of its step are loaded.
+
+    Attributes:
+        sources: where its weights are.
+        mesh: its devices.
+        sampler: the denoising steps of every update.
+        prepared, held_out: samples to train on, and of the evaluation.
+        constants: arrays that are the same in every batch.
+        key: of all randomness.
+        samples: in one optimizer update.
+        steps: in all.
+    """
+
+    sources: Sources
+    mesh: Mesh
+    sampler: Sampler
+    prepared: list[Prepared]
+    held_out: list[Prepared]
+    constants: dict[str, np.ndarray]
+    key: jax.Array
+    samples: int
+    steps: int
+
+
+def prepare_run(cfg: Config, workdir: epath.Path) -> Preparation:
+    """Prepares every clip and its frozen prefix, as far as they are not in the cache.
 
     Raises:
-        UserError: anything in the configuration, the data or the weights that cannot be used.
+        UserError: anything in the configuration or the data that cannot be used.
     """
     sources = find_sources(cfg, experts=experts_of(cfg))
     prefix, sampler = split_prefix(cfg, make_sampler(cfg, DIT_PRESETS[cfg.preset]))
@@ -217,24 +262,48 @@ def set_up(cfg: Config, workdir: epath.Path) -> Setup:
             cfg, sources, prefix, held_out, cache, mesh,
             key=evaluation_key(key), noises=1, mode="fresh", constants=constants,
         )  # fmt: skip
+    return Preparation(sources, mesh, sampler, prepared, held_out, constants, key, samples, steps)
 
-    networks, params, frozen = load_networks(cfg, sources, sampler, mesh.devices.flat[0].platform)
-    updates_per_step = cfg.train_batch_size // samples
-    tx = optimizer(cfg, steps * updates_per_step)
-    schedule = learning_rate(cfg, steps * updates_per_step)
+
+def set_up(cfg: Config, workdir: epath.Path) -> Setup:
+    """Prepares the data, loads the weights and jits the step.
+
+    Raises:
+        UserError: anything in the configuration, the data or the weights that cannot be used.
+    """
+    ready = prepare_run(cfg, workdir)
+    mesh, sampler = ready.mesh, ready.sampler
+    networks, params, frozen = load_networks(cfg, ready.sources, sampler, mesh.devices.flat[0].platform)
+    updates_per_step = cfg.train_batch_size // ready.samples
+    tx = optimizer(cfg, ready.steps * updates_per_step)
+    schedule = learning_rate(cfg, ready.steps * updates_per_step)
 
     for name in networks.graphs:
         parts = [states[name] for states in (params, frozen.rest) if name in states]
-        check_rules(parts, TABLES[name], mesh, adapted=name in networks.adapted)
-    params = place_states(params, mesh)
-    frozen = Frozen(place_states(frozen.rest, mesh), place_states(frozen.reference, mesh))
-    places = state_places(params, tx, mesh)
+        check_rules(parts, TABLES[name], mesh, adapted=name in networks.adapted, quantized=cfg.quantizes(name))
+    places = state_places(params, tx, cfg, mesh)
+    params = place_states(params, places.params)
+    frozen = Frozen(*(place_states(s, frozen_places(s, cfg, mesh)) for s in (frozen.rest, frozen.reference)))
     state = jax.jit(lambda p: create_state(p, tx), out_shardings=places)(params)
     jitted = jit_step(cfg, networks, sampler, tx, schedule, places)
     names = ("y", "pool", *(("ids", "mask") if "text_encoder" in cfg.trained else ("context",)))
     return Setup(
-        cfg, sources, mesh, prepared, held_out, networks, sampler, state, frozen, jitted, key, updates_per_step, steps, names, constants,
-    )  # fmt: skip
+        cfg=cfg,
+        sources=ready.sources,
+        mesh=mesh,
+        prepared=ready.prepared,
+        held_out=ready.held_out,
+        networks=networks,
+        sampler=sampler,
+        state=state,
+        frozen=frozen,
+        jitted=jitted,
+        key=ready.key,
+        updates_per_step=updates_per_step,
+        steps=ready.steps,
+        batch_names=names,
+        constants=ready.constants,
+    )
 
 
 def jit_step(cfg: Config, networks: Networks, sampler: Sampler, tx: Any, schedule: Any, places: TrainState) -> Any:
@@ -248,8 +317,9 @@ def jit_step(cfg: Config, networks: Networks, sampler: Sampler, tx: Any, schedul
     return jax.jit(step, out_shardings=(places, places.step), donate_argnums=0)
 
 
-def state_places(params: States, tx: Any, mesh: Mesh) -> TrainState:
-    """Shardings of a state: moments lie where their weights do, everything else everywhere.
+def state_places(params: States, tx: Any, cfg: Config, mesh: Mesh) -> TrainState:
+    """Shardings of a state: moments lie where their weights do, or in these devices' host memory; everything else
+    everywhere.
 
     Args:
         params: arrays or their shapes.
@@ -259,9 +329,13 @@ def state_places(params: States, tx: Any, mesh: Mesh) -> TrainState:
     abstract = jax.eval_shape(lambda p: create_state(p, tx), params)
     structure = jax.tree.structure(params)
 
+    moments = places
+    if cfg.optimizer_memory != "device":
+        moments = jax.tree.map(lambda place: place.with_memory_kind(cfg.optimizer_memory), places)
+
     def like_params(subtree: Any) -> Any:
         # A moment tree has the structure of the weights and takes their places.
-        return places if jax.tree.structure(subtree) == structure else jax.tree.map(lambda _: whole, subtree)
+        return moments if jax.tree.structure(subtree) == structure else jax.tree.map(lambda _: whole, subtree)
 
     is_moments = lambda x: jax.tree.structure(x) == structure  # noqa: E731
     return TrainState(whole, places, jax.tree.map(like_params, abstract.opt_state, is_leaf=is_moments))

@@ -82,9 +82,8 @@ def split_prefix(cfg: Config, sampler: Sampler) -> tuple[Sampler, Sampler]:
         )
     if cfg.noise.prefix_cache == "off" or not finite:
         count = 0
-    return tuple(
-        dataclasses.replace(sampler, phases=phases) for phases in (sampler.phases[:count], sampler.phases[count:])
-    )  # pyright: ignore[reportReturnType]
+    before, after = sampler.phases[:count], sampler.phases[count:]
+    return dataclasses.replace(sampler, phases=before), dataclasses.replace(sampler, phases=after)
 
 
 def start_noise(key: Array, samples: Array, index: Array, shape: tuple[int, ...], mode: str) -> Float[Array, "b ..."]:
@@ -218,7 +217,10 @@ def make_step(
         grads, figures = jax.lax.scan(micro, zeros, batch)
         count = figures["loss"].shape[0]
         grads = jax.tree.map(lambda g: g / count, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        opt_state = state.opt_state
+        if cfg.optimizer_memory != "device":
+            opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
+        updates, opt_state = tx.update(grads, opt_state, state.params)
         params = cast(States, optax.apply_updates(state.params, updates))
         metrics = {
             "loss": jnp.mean(figures["loss"]),

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from convert import dit
 from convert.mapping import unfill
 from rfl_jax import remat
+from rfl_jax.models.quantize import quantize
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT, timestep_embedding
 from rfl_jax.models.wan.rope import rope_freqs, split_pairs
@@ -140,6 +141,18 @@ def test_presets_have_the_published_parameter_counts():
     for name, count in counts.items():
         model = nnx.eval_shape(lambda name=name: DiT(DIT_PRESETS[name], rngs=nnx.Rngs(0)))
         assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
+
+
+def test_int8_weights_stay_close():
+    x, t, context = inputs()
+    want = random_model()(x, t, context)
+    model = quantize(random_model())
+    kernels = [v for k, v in get_arrays(model).items() if k.startswith("blocks.") and k.endswith(".kernel")]
+    assert len(kernels) == 10
+    assert all(kernel.dtype == jnp.int8 and jnp.max(jnp.abs(kernel)) == 127 for kernel in kernels)
+    error = relative(model(x, t, context), want)
+    print(f"velocity error of int8 weights: {error:.4f}")
+    assert 0 < error < 0.02
 
 
 def test_bfloat16_compute_stays_close():

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file
 
+from convert import store
 from rfl_jax.data.metadata import read_metadata
 from rfl_jax.data.prepare import Encoders, prepare
 from rfl_jax.data.videos import read_clip, to_uint8, write_video
@@ -18,7 +19,7 @@ from rfl_jax.miniature.world import FRAMES
 from rfl_jax.sources import find_sources
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
-from rfl_jax.training.setup import set_up
+from rfl_jax.training.setup import prepare_run, set_up
 from tests.runs import read_metrics, use_devices
 
 
@@ -129,6 +130,24 @@ def test_bad_rows_are_skipped_or_refused_by_number(settings, tmp_path, clip_fold
     # Another prompt is another sample.
     other = type(rows[0])(2, rows[0].video, "another prompt")
     assert prepare(encoders, [other], cache, listed_in="")[0].file != prepared[0].file
+
+
+def test_what_is_prepared_is_not_prepared_again(monkeypatch, settings, tmp_path):
+    use_devices(monkeypatch)
+    cfg = settings(**{"data.cache_dir": str(tmp_path), "eval.file_name": settings().file_name, "eval.num_samples": 1})
+    first = prepare_run(cfg, epath.Path(tmp_path))
+    assert all(len(item.prefix) == 1 for item in first.prepared + first.held_out)
+    stamps = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    # 8 clips with their prefix; the one that is held out as well has another, of the evaluation's noise.
+    assert len(stamps) == 2 * 8 + 1
+
+    def refuse(*args, **options):
+        raise AssertionError("a network was opened")
+
+    monkeypatch.setattr(store, "open_component", refuse)
+    again = prepare_run(cfg, epath.Path(tmp_path))
+    assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == stamps
+    assert [item.prefix for item in again.prepared] == [item.prefix for item in first.prepared]
 
 
 def test_an_end_image_is_marked_in_the_condition(settings, tmp_path, clip_folder):

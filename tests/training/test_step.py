@@ -69,6 +69,36 @@ def test_every_mesh_gives_the_gradients_of_one_device(monkeypatch, settings, tmp
         assert relative(flat(grads), flat(want)) < 1e-4, cfg.mesh
 
 
+def test_weights_and_moments_in_host_memory_change_nothing(monkeypatch, settings, tmp_path):
+    use_devices(monkeypatch)
+    results = []
+    for memory in ("device", "pinned_host"):
+        cfg = settings(frozen_memory=memory, optimizer_memory=memory, **{"mesh.context": 2})
+        run = set_up(cfg, epath.Path(tmp_path))
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(run.frozen.rest["dit2"]["blocks"])}
+        moments = [x for x in jax.tree.leaves(run.state.opt_state) if isinstance(x, jax.Array) and x.ndim]
+        assert kinds == {x.sharding.memory_kind for x in moments} == {memory}
+        state, metrics = run.step(run.state, run.frozen, run.place(next(run.iterator())), run.key)
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(state.params)} == {"device"}
+        results.append((float(metrics["loss"]), flat(state.params)))
+    (loss, params), (other_loss, other_params) = results
+    assert loss == other_loss
+    assert np.array_equal(params, other_params)
+
+
+def test_int8_weights_give_the_same_direction(monkeypatch, settings, tmp_path):
+    use_devices(monkeypatch)
+    found = []
+    for weights in ("", "int8"):
+        run = set_up(settings(frozen_weights=weights), epath.Path(tmp_path))
+        kernel = run.frozen.rest["dit2"]["blocks"]["ffn"]["up"]["kernel"][...]
+        assert kernel.dtype == (jnp.int8 if weights else jnp.float32)
+        found.append(flat(gradients(run)[2]))
+    cosine = found[0] @ found[1] / np.linalg.norm(found[0]) / np.linalg.norm(found[1])
+    print(f"cosine of reward gradients with int8 weights: {cosine:.4f}")
+    assert 0.97 < cosine < 1
+
+
 def test_optimizer_moments_lie_where_their_weights_do(monkeypatch, settings, tmp_path):
     use_devices(monkeypatch)
     cfg = settings(**{"mesh.fsdp": 2, "mesh.context": 4}, per_device_train_batch_size=1)

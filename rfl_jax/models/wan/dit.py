@@ -113,6 +113,7 @@ class DiT(nnx.Module):
             stay in float32, as in the reference.
         remat_policy: what the backward pass of a block keeps, see `rfl_jax.remat`.
         kernel: of attention, see `rfl_jax.models.attention`.
+        stream: the blocks' weights may lie in pinned host memory; each is brought to the device as its layer runs.
     """
 
     def __init__(
@@ -122,9 +123,11 @@ class DiT(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat_policy: str = "full",
         kernel: str = "xla",
+        stream: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         self.cfg = cfg
+        self.stream = stream
         self.dtype = dtype
         self.remat_policy = remat_policy
         patch_volume = int(np.prod(cfg.patch_size))
@@ -177,6 +180,8 @@ class DiT(nnx.Module):
         graph, layers = nnx.split(self.blocks)
 
         def layer(tokens: Array, weights: nnx.State) -> tuple[Array, None]:
+            if self.stream:
+                weights = jax.device_put(weights, jax.memory.Space.Device)
             return pin(nnx.merge(graph, gather(weights))(tokens, modulation, text, (cos, sin), length), "context"), None
 
         tokens, _ = jax.lax.scan(remat(layer, self.remat_policy), tokens, layers)
