@@ -5,6 +5,7 @@ import ast
 import sys
 from typing import NoReturn
 
+from absl import logging
 from etils import epath
 
 from convert import store, verify
@@ -46,6 +47,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
     with refuse_in_one_line("convert"):
         main()
     sys.exit(0)

@@ -88,6 +88,7 @@ def run(main: Callable[[], None], command: str) -> None:
             # Without the others an orderly end would wait for them.
             os._exit(1)
 
-    logging.set_verbosity(logging.WARNING)
+    # What Orbax warns of is for its developers; what a user must know is raised.
+    logging.set_verbosity(logging.ERROR)
     with refuse_in_one_line(command):
         app.run(guarded, flags_parser=parse_flags)

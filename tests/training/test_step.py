@@ -14,11 +14,20 @@ from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.rewards.face import SCORE_MEAN, SCORE_STD, FaceReward
+from rfl_jax.sampling.rollout import rollout
 from rfl_jax.sampling.schedule import plan_phases, sigmas
 from rfl_jax.sharding import check_rules
 from rfl_jax.training.setup import set_up
 from rfl_jax.training.state import Frozen, Networks
-from rfl_jax.training.step import Sampler, bind_experts, make_loss, make_sampler, split_prefix, start_noise
+from rfl_jax.training.step import (
+    Sampler,
+    bind_experts,
+    latent_shape,
+    make_loss,
+    make_sampler,
+    split_prefix,
+    start_noise,
+)
 from tests.golden import relative
 from tests.runs import use_devices
 
@@ -214,21 +223,37 @@ def test_noise_is_a_function_of_seed_sample_and_index():
     assert np.array_equal(fixed, draw([1, 2], 5, "fixed"))
 
 
-def test_cached_prefix_equals_the_whole_rollout_bit_for_bit(monkeypatch, settings, tmp_path):
+def test_cached_prefix_equals_the_whole_rollout(monkeypatch, settings, tmp_path):
     use_devices(monkeypatch)
-    results = []
+    results, runs, batches = [], [], []
     for cache in ("off", "auto"):
         run = set_up(settings(**{"noise.prefix_cache": cache}), epath.Path(tmp_path))
         assert ("dit" in run.networks.graphs) == (cache == "off")
         batch = run.place(next(run.iterator()))
         assert ("prefix" in batch) == (cache == "auto")
         state, metrics = run.step(run.state, run.frozen, batch, run.key)
-        results.append((metrics, snapshot(state.params)))
-    (whole, params), (cached, cached_params) = results
-    for name in whole:
-        assert np.array_equal(whole[name], cached[name]), name
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(cached_params), strict=True):
-        assert np.array_equal(a, b)
+        results.append((metrics, flat(state.params)))
+        runs.append(run)
+        batches.append({name: x[0] for name, x in batch.items()})
+
+    # The latents after the high-noise expert's steps are those of the cache, bit for bit.
+    whole = runs[0]
+    steps = dataclasses.replace(whole.sampler, phases=whole.sampler.phases[:1])
+    assert steps.phases[0].expert == "dit"
+
+    @jax.jit
+    def latents(frozen, batch, key):
+        experts, keep = bind_experts(whole.networks, steps, {}, frozen, batch)
+        noise = start_noise(key, batch["sample"], batch["noise_index"], latent_shape(steps, batch), "fresh")
+        return rollout(experts, noise, steps.levels, steps.phases, keep=keep).latents
+
+    assert np.array_equal(latents(whole.frozen, batches[0], whole.key), batches[1]["prefix"])
+
+    # What follows is another program, in which the compiler may add in another order.
+    (metrics, params), (cached, cached_params) = results
+    for name in metrics:
+        np.testing.assert_allclose(cached[name], metrics[name], rtol=1e-6, err_msg=name)
+    assert relative(cached_params, params) < 1e-6
 
 
 def test_the_prefix_ends_where_something_trains(settings):
