@@ -12,6 +12,8 @@ _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"^ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT")
 _OPCODE = re.compile(r"\s([a-z][a-z\-]*)\(")
 
 
@@ -54,6 +56,21 @@ def instructions(text: str) -> Mapping[str, list[str]]:
     return found
 
 
+def _rounds(line: str, computations: Mapping[str, list[str]]) -> int:
+    """How often a loop runs: as it says itself, or by the constant that its condition compares the counter with, which
+    starts at 0; 1 if neither tells.
+    """
+    if trips := _TRIPS.search(line):
+        return int(trips[1])
+    condition = _CONDITION.search(line)
+    lines = computations.get(condition[1], []) if condition else []
+    limit = next((found[1] for x in lines if (found := _LIMIT.search(x))), None)
+    for x in lines:
+        if limit and (constant := re.match(rf"%{re.escape(limit)} = s32\[\]\S* constant\((\d+)\)", x)):
+            return int(constant[1])
+    return 1
+
+
 def collectives(text: str) -> dict[str, Traffic]:
     """Traffic by kind of collective, of one device's run of the whole program.
 
@@ -76,8 +93,7 @@ def collectives(text: str) -> dict[str, Traffic]:
                     size = size if kind == "all-reduce" else max(_bytes_of(s) for s in shape.split("], "))
                 total[kind].count += times
                 total[kind].bytes += times * size
-            trips = _TRIPS.search(line)
-            rounds = int(trips[1]) if trips and " while(" in line else 1
+            rounds = _rounds(line, computations) if " while(" in line else 1
             called = _CALLED.findall(line)
             if branches := _BRANCHES.search(line):
                 called += [b.strip().lstrip("%") for b in branches[1].split(",")]

@@ -105,6 +105,8 @@ def test_every_feature_compiles_for_tpu():
     # Block inputs of 4 steps, 6 layers, 4 samples, 8 of 32 tokens, 128 channels, 2 bytes wait in host memory.
     assert report["host"] >= 4 * 6 * 4 * 8 * 128 * 2
     assert {"all-to-all", "collective-permute", "all-gather"} <= set(report["traffic"])
+    # Four tensors a layer are exchanged, in 6 layers of 4 steps, for the velocity, its reference and its gradient.
+    assert report["traffic"]["all-to-all"]["count"] >= 3 * 4 * 6 * 4
     assert report["step_time_s"] > 0
     assert report["executed_flops"] > report["model_flops"] > 0
 
