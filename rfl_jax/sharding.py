@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rfl_jax.errors import UserError
@@ -65,7 +66,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if math.prod(shape) != count:
         wanted = ", ".join(f"{axis}={n}" for axis, n in sizes.items())
         raise UserError(f"config.mesh: {wanted} does not fill {count} devices")
-    return jax.make_mesh(tuple(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    # An axis may be part of a physical one: 8 of the 4x4 chips of a v6e-16.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def spec_of(name: str, shape: Sequence[int], rules: Rules, mesh: Mesh, used: set[str] | None = None) -> PartitionSpec:
