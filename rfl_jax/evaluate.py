@@ -14,7 +14,6 @@ import numpy as np
 from absl import flags
 from etils import epath
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer, place
 from rfl_jax.rewards.face import Score, cosine_with_pool, usable_pool
 from rfl_jax.sampling.rollout import rollout
+from rfl_jax.sharding import replicated
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.setup import Setup, evaluation_key, set_up
 from rfl_jax.training.state import Frozen, States, TrainState
@@ -57,7 +57,7 @@ def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, An
     key = evaluation_key(run.key)
     reward = run.networks.build("reward", {}, run.frozen)
     judge_graph, judge_weights = nnx.split(open_judge(reward, cfg.eval.judge_model_path))
-    whole = NamedSharding(run.mesh, PartitionSpec())
+    whole = replicated(run.mesh)
     judge_weights = jax.tree.map(lambda x: place(x, whole), judge_weights)
 
     # All weights are arguments: what a jitted function closes over becomes a constant of its program.
@@ -65,14 +65,15 @@ def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, An
     def sample(
         params: States, frozen: Frozen, judge_weights: nnx.State, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, Score, jax.Array]:
-        experts, keep = bind_experts(run.networks, run.sampler, params, frozen, batch)
+        sampler = run.rollout
+        experts, keep = bind_experts(run.networks, sampler, params, frozen, batch)
         start = batch.get("prefix")
         if start is None:
             first = jnp.zeros_like(batch["sample"])
-            start = start_noise(key, batch["sample"], first, latent_shape(run.sampler, batch), "fresh")
+            start = start_noise(key, batch["sample"], first, latent_shape(sampler, batch), "fresh")
         # Without references: the KL is not asked for.
         experts = {name: dataclasses.replace(e, reference=None) for name, e in experts.items()}
-        latents = rollout(experts, start, run.sampler.levels, run.sampler.phases, keep=keep).latents
+        latents = rollout(experts, start, sampler.levels, sampler.phases, keep=keep).latents
         video = jnp.clip(run.networks.build("vae", params, frozen).decode(latents), -1, 1)
         score = run.networks.build("reward", params, frozen)(video, batch["pool"])
         judge = nnx.merge(judge_graph, judge_weights)

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from rfl_jax.errors import UserError
+from rfl_jax.sharding import replicated
 
 # A host that has not been heard of for so long is given up, and with it the run.
 HEARTBEAT_S = 30
@@ -74,7 +75,7 @@ def place(x: Any, sharding: NamedSharding) -> jax.Array:
 def random_key(data: int | np.ndarray, mesh: Mesh) -> jax.Array:
     """A key on all devices of the mesh, of a seed or of what `jax.random.key_data` gave."""
     make = jax.random.key if isinstance(data, int) else jax.random.wrap_key_data
-    return jax.jit(make, out_shardings=NamedSharding(mesh, PartitionSpec()))(data)
+    return jax.jit(make, out_shardings=replicated(mesh))(data)
 
 
 def share_of(sharding: NamedSharding, groups: int) -> tuple[int, int]:

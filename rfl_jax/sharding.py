@@ -71,6 +71,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def micro_batches(mesh: Mesh) -> NamedSharding:
+    """Of a batch's arrays: micro-batches first, whose samples are spread."""
+    return NamedSharding(mesh, P(None, *BATCH))
+
+
 def spec_of(name: str, shape: Sequence[int], rules: Rules, mesh: Mesh, used: set[str] | None = None) -> PartitionSpec:
     """The first rule's spec; an axis that the mesh does not divide stays whole.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from convert import store
 from rfl_jax.config import Config
@@ -20,12 +20,13 @@ from rfl_jax.models.wan.config import DIT_PRESETS, VAE_PRESETS, VAEConfig
 from rfl_jax.rewards.arcface import IResNetConfig
 from rfl_jax.rewards.face import FaceReward
 from rfl_jax.rewards.scrfd import SCRFDConfig, family
-from rfl_jax.sharding import BATCH, batch_shards
+from rfl_jax.sharding import micro_batches, replicated
 from rfl_jax.sources import find_sources
 from rfl_jax.training.optim import learning_rate, optimizer
-from rfl_jax.training.setup import experts_of, frozen_places, jit_step, state_places
+from rfl_jax.training.prefix import jit_prefix, prefix_arguments
+from rfl_jax.training.setup import experts_of, frozen_places, jit_step, samples_an_update, state_places
 from rfl_jax.training.state import Frozen, Networks, States, create_state, split_networks
-from rfl_jax.training.step import Sampler, make_sampler, split_prefix
+from rfl_jax.training.step import Sampler, caches_prefix, make_sampler, split_prefix
 
 UMT5_XXL = UMT5Config(256384, 4096, 4096, 10240, num_heads=64, num_layers=24)
 
@@ -37,7 +38,8 @@ class Plan:
     Attributes:
         step: the jitted step of training.
         args: shapes, types and places of its arguments: state, frozen weights, batch, key.
-        sampler: its denoising steps.
+        prefix: the program before it, and its arguments; None if its result is in the cache.
+        sampler: denoising steps of both.
         latents: frames, rows and columns of one sample.
         samples: in one update.
         vae, detector, embedder: sizes of the networks after the DiT.
@@ -46,6 +48,7 @@ class Plan:
 
     step: Any
     args: tuple[Any, ...]
+    prefix: tuple[Any, tuple[Any, ...]] | None
     sampler: Sampler
     latents: tuple[int, int, int]
     samples: int
@@ -78,8 +81,11 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
     detector = _describe("scrfd", [detector_file(folder)] if folder else None, family("10g"))
     embedder = _describe("arcface", [embedder_file(folder)] if folder else None, IResNetConfig())
 
-    prefix, sampler = split_prefix(cfg, make_sampler(cfg, dit))
-    experts = sorted({phase.expert for phase in sampler.phases})
+    every = make_sampler(cfg, dit)
+    prefix, sampler = split_prefix(cfg, every)
+    cached = caches_prefix(cfg, prefix)
+    executed = sampler if cached else every
+    experts = sorted({phase.expert for phase in executed.phases})
     networks, params, frozen = _networks(cfg, mesh, experts, vae, text, detector, embedder)
     tx, schedule = optimizer(cfg, 1000), learning_rate(cfg, 1000)
     places = state_places(params, tx, cfg, mesh)
@@ -89,11 +95,10 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
     frames, height, width = video_size(cfg)
     st, sh, sw = vae.stride
     latents = ((frames - 1) // st + 1, height // sh, width // sw)
-    micro = cfg.per_device_train_batch_size * batch_shards(mesh)
-    spread = NamedSharding(mesh, PartitionSpec(None, *BATCH))
+    count, micro = cfg.gradient_accumulation_steps, samples_an_update(cfg, mesh) // cfg.gradient_accumulation_steps
 
     def samples(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((cfg.gradient_accumulation_steps, micro, *shape), dtype, sharding=spread)
+        return jax.ShapeDtypeStruct((count, micro, *shape), dtype, sharding=micro_batches(mesh))
 
     channels = dit.out_dim if dit.first_frame_in_latents else dit.in_dim - dit.out_dim
     batch = {
@@ -102,25 +107,29 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
         "y": samples(*latents, channels),
         "pool": samples(frames, embedder.embedding),
     }
-    if prefix.phases:
-        batch["prefix"] = samples(*latents, dit.out_dim)
     if "text_encoder" in cfg.trained:
         batch |= {name: samples(dit.text_len, dtype=jnp.int32) for name in ("ids", "mask")}
     else:
         batch["context"] = samples(dit.text_len, dit.text_dim)
     if sampler.guidance != 1.0:
         batch["negative_context"] = jax.ShapeDtypeStruct(
-            (cfg.gradient_accumulation_steps, 1, dit.text_len, dit.text_dim), jnp.float32,
-            sharding=NamedSharding(mesh, PartitionSpec()),
-        )  # fmt: skip
+            (count, 1, dit.text_len, dit.text_dim), jnp.float32, sharding=replicated(mesh)
+        )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    before = None
+    if prefix.phases and not cached:
+        arguments = (*prefix_arguments(prefix, frozen, batch), key)
+        before = jit_prefix(networks, prefix, mesh, mode=cfg.noise.mode), arguments
+    if prefix.phases:
+        batch["prefix"] = samples(*latents, dit.out_dim)
     return Plan(
         jit_step(cfg, networks, sampler, tx, schedule, places),
         (state, frozen, batch, key),
-        sampler,
+        before,
+        executed,
         latents,
-        micro * cfg.gradient_accumulation_steps,
+        count * micro,
         vae,
         detector,
         embedder,

@@ -67,37 +67,38 @@ class Report:
 
 
 def plan_run(cfg: Config, mesh: Mesh) -> Report:
-    """Compiles the step of training on the mesh."""
+    """Compiles the step of training on the mesh, and the program before it where there is one.
+
+    Raises:
+        UserError: the batch does not divide over the mesh, or the configuration names weights that cannot be read.
+    """
     plan = make_plan(cfg, mesh)
     state, frozen, batch, _ = plan.args
     weights = bytes_per_device((state.params, frozen))
     optimizer, inputs = bytes_per_device(state.opt_state), bytes_per_device(batch)
+    resident = weights + optimizer + inputs
     model, executed = step_flops(cfg, plan)
-    device = mesh.devices.flat[0]
-    chip = chip_of(device)
+    chip = chip_of(mesh.devices.flat[0])
     begin = time.perf_counter()
-    activations = peak = needed = None
-    host, largest, traffic = 0, [], {}
+    peak: int | None = resident
+    needed, largest = None, []
+    host, traffic = 0, {}
     try:
-        with jax.set_mesh(mesh):
-            options: Any = EFFORT if device.platform == "tpu" else None
-            compiled = plan.step.lower(*plan.args).compile(compiler_options=options)
-        memory = compiled.memory_analysis()
-        host = memory.host_temp_size_in_bytes + bytes_per_device(plan.args, host=True)
-        arguments = memory.argument_size_in_bytes
-        if device.platform == "tpu":
-            # With the arguments in it, and with what waits in host memory.
-            used = max(memory.peak_memory_in_bytes - memory.host_temp_size_in_bytes, arguments)
-        else:
-            used = arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        # The program is not handed what it does not use (the encoder), which is there nevertheless.
-        resident = weights + optimizer + inputs
-        peak = used + max(resident - arguments, 0)
-        activations = peak - resident
-        traffic = collectives(compiled.as_text())
+        for program, args in filter(None, ((plan.step, plan.args), plan.prefix)):
+            with jax.set_mesh(mesh):
+                options: Any = EFFORT if chip else None
+                compiled = program.lower(*args).compile(compiler_options=options)
+            memory = compiled.memory_analysis()
+            # A program is not handed what it does not use, which is there nevertheless.
+            peak = max(peak, program_peak(memory, chip is not None) + resident - memory.argument_size_in_bytes)
+            host = max(host, memory.host_temp_size_in_bytes)
+            for kind, sent in collectives(compiled.as_text()).items():
+                total = traffic.setdefault(kind, Traffic())
+                total.count, total.bytes = total.count + sent.count, total.bytes + sent.bytes
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory space hbm" not in str(error):
             raise
+        peak, traffic = None, {}
         needed, largest = read_refusal(str(error))
     seconds = time.perf_counter() - begin
     step_time = None
@@ -112,10 +113,10 @@ def plan_run(cfg: Config, mesh: Mesh) -> Report:
         weights=weights,
         optimizer=optimizer,
         batch=inputs,
-        activations=activations,
+        activations=None if peak is None else peak - resident,
         peak=peak,
         limit=chip.memory if chip else None,
-        host=host,
+        host=host + bytes_per_device(plan.args, host=True),
         needed=needed,
         largest=largest,
         model_flops=model,
@@ -124,6 +125,21 @@ def plan_run(cfg: Config, mesh: Mesh) -> Report:
         step_time_s=step_time,
         compile_s=seconds,
     )
+
+
+def program_peak(memory: Any, tpu: bool) -> int:
+    """The most bytes of device memory that a compiled program takes, its arguments among them.
+
+    Args:
+        memory: its `memory_analysis()`.
+        tpu: whether it is compiled for TPU. Its compiler tells the true peak, unless something waits in host memory,
+            which it counts as well, at whatever moment the sum is largest; then, as on other devices, all temporaries
+            are added up, which is more than are needed at once.
+    """
+    if tpu and not memory.host_temp_size_in_bytes and not memory.host_argument_size_in_bytes:
+        return memory.peak_memory_in_bytes
+    produced = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + produced
 
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

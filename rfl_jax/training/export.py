@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save
 
 from convert import lora
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
 from rfl_jax.models.weights import flat_arrays
+from rfl_jax.sharding import replicated
 from rfl_jax.training.setup import Setup
 from rfl_jax.training.state import TrainState
 
@@ -18,7 +18,7 @@ def export_adapters(run: Setup, state: TrainState, workdir: epath.Path) -> list[
     """Writes `<network>_lora.safetensors` for each adapted network, in peft's naming of the original layers."""
     files = []
     for name in run.networks.adapted:
-        whole = NamedSharding(run.mesh, PartitionSpec())
+        whole = replicated(run.mesh)
         gathered = jax.jit(lambda x: x, out_shardings=whole)(state.params[name])
         arrays = {k: np.asarray(v) for k, v in flat_arrays(gathered).items()}
         metadata = {

@@ -71,7 +71,7 @@ def train(run: Setup, workdir: epath.Path) -> tuple[TrainState, bool]:
                 batch = run.place(samples)
                 state, figures = run.step(state, run.frozen, batch, key)
                 collected.append(figures)
-                flops += dit_flops(cfg, run.sampler, samples["y"].shape[1:4], run.samples)[0]
+                flops += dit_flops(cfg, run.rollout, samples["y"].shape[1:4], run.samples)[0]
             figures = jax.device_get([{name: f[name] for name in FIGURES} for f in collected])
             means = {name: float(np.mean([f[name] for f in figures])) for name in FIGURES}
             seconds = time.perf_counter() - begin

@@ -1,21 +1,21 @@
-"""The frozen prefix: denoising steps before the first network that trains, computed once for every clip and noise.
+"""The frozen prefix: denoising steps before the first network that trains.
 
 They depend on nothing but the clip and its noise. With their result in the cache, training neither repeats them nor
-holds the network that takes them.
+holds the network that takes them; without, the same program runs before every update.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from convert import store
@@ -25,15 +25,45 @@ from rfl_jax.data.prepare import Prepared, Sample, fingerprint, write_arrays
 from rfl_jax.models.attention import kernel_for
 from rfl_jax.models.quantize import quantize
 from rfl_jax.sampling.rollout import rollout
-from rfl_jax.sharding import BATCH, batch_shards, shardings
+from rfl_jax.sharding import batch_shards, micro_batches, replicated, shardings
 from rfl_jax.sources import Sources
 from rfl_jax.training.state import Frozen, Networks
-from rfl_jax.training.step import Sampler, bind_experts, latent_shape, start_noise
+from rfl_jax.training.step import Batch, Sampler, bind_experts, latent_shape, start_noise
+
+T = TypeVar("T")
 
 
 def noises_of(cfg: Config) -> int:
     """Different noises of a clip; 0: no end of them."""
     return 1 if cfg.noise.mode == "fixed" else cfg.noise.per_sample
+
+
+def jit_prefix(networks: Networks, sampler: Sampler, mesh: Mesh, *, mode: str) -> Any:
+    """`(frozen, batch, key) -> latents` after the sampler's steps, jitted, to be called under `jax.set_mesh`.
+
+    Args:
+        networks: the sampler's experts among them.
+        sampler: with the phases of the prefix.
+        mesh: devices.
+        mode: of `start_noise`.
+    """
+
+    def one(frozen: Frozen, batch: Batch, key: jax.Array) -> jax.Array:
+        experts, keep = bind_experts(networks, sampler, {}, frozen, batch)
+        noise = start_noise(key, batch["sample"], batch["noise_index"], latent_shape(sampler, batch), mode)
+        return rollout(experts, noise, sampler.levels, sampler.phases, keep=keep).latents
+
+    def run(frozen: Frozen, batch: Batch, key: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda micro: one(frozen, micro, key), batch)
+
+    return jax.jit(run, out_shardings=micro_batches(mesh))
+
+
+def prefix_arguments(sampler: Sampler, frozen: Frozen, batch: Mapping[str, T]) -> tuple[Frozen, dict[str, T]]:
+    """What `jit_prefix` takes of a run's frozen weights and of its batch."""
+    rest = {name: frozen.rest[name] for name in sorted({phase.expert for phase in sampler.phases})}
+    names = ("sample", "noise_index", "y", "context", "negative_context")
+    return Frozen(rest, {}), {name: batch[name] for name in names if name in batch}
 
 
 def roll_out_prefix(
@@ -102,25 +132,20 @@ def roll_out_prefix(
             paths,
             weights_dtype=cfg.dtype,
             dtype=jnp.dtype(cfg.dtype),
-            remat_policy="none",
+            remat_policy=cfg.policy,
             kernel=kernel,
             stream=cfg.streams(name),
         )
         graphs[name], state = nnx.split(quantize(module) if cfg.quantizes(name) else module)
         memory = "pinned_host" if cfg.streams(name) else None
         weights[name] = jax.tree.map(hosts.place, state, shardings(state, "dit", mesh, blocks_memory=memory))
-    networks = Networks(graphs, graphs, ())
+    run = jit_prefix(Networks(graphs, graphs, ()), sampler, mesh, mode=mode)
+    everywhere = jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
-    # Weights are arguments: what a jitted function closes over becomes a constant of its program.
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def run(frozen: Frozen, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        experts, keep = bind_experts(networks, sampler, {}, frozen, batch)
-        noise = start_noise(key, batch["sample"], batch["noise_index"], latent_shape(sampler, batch), mode)
-        return rollout(experts, noise, sampler.levels, sampler.phases, keep=keep).latents
-
-    size = cfg.per_device_train_batch_size * batch_shards(mesh)
-    spread = NamedSharding(mesh, BATCH)
-    shared = {name: hosts.place(x, NamedSharding(mesh, PartitionSpec())) for name, x in constants.items()}
+    # The batches of training: what runs is the same program.
+    count, micro = cfg.gradient_accumulation_steps, cfg.per_device_train_batch_size * batch_shards(mesh)
+    size = count * micro
+    shared = {name: hosts.place(np.stack([x] * count), replicated(mesh)) for name, x in constants.items()}
 
     def flush(group: list[tuple[int, int]], loaded: dict[int, Sample]) -> None:
         # A batch that is not full is filled up with its last sample.
@@ -131,8 +156,12 @@ def roll_out_prefix(
             for name, x in zip(("sample", "noise_index"), zip(*rows, strict=True), strict=True)
         }
         with jax.set_mesh(mesh):
-            placed = {name: hosts.place(x, spread) for name, x in batch.items()}
-            latents = np.asarray(run(Frozen(weights, {}), placed | shared, key))
+            placed = {
+                name: hosts.place(x.reshape(count, micro, *x.shape[1:]), micro_batches(mesh))
+                for name, x in batch.items()
+            }
+            latents = np.asarray(everywhere(run(Frozen(weights, {}), placed | shared, key)))
+        latents = latents.reshape(size, *latents.shape[2:])
         for i, (number, index) in enumerate(group if hosts.is_writer() else []):
             write_arrays(found[number].prefix[index], {"latents": latents[i]})
 

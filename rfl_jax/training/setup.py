@@ -1,13 +1,14 @@
 """From a configuration to everything a run needs: weights on the mesh, the jitted step, the data."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from convert import store
 from rfl_jax import hosts
@@ -20,12 +21,12 @@ from rfl_jax.models.attention import kernel_for
 from rfl_jax.models.quantize import quantize
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT
-from rfl_jax.sharding import BATCH, batch_shards, check_rules, make_mesh, shardings
+from rfl_jax.sharding import BATCH, batch_shards, check_rules, make_mesh, micro_batches, replicated, shardings
 from rfl_jax.sources import Sources, find_sources
 from rfl_jax.training.optim import learning_rate, optimizer
-from rfl_jax.training.prefix import noises_of, roll_out_prefix
+from rfl_jax.training.prefix import jit_prefix, noises_of, prefix_arguments, roll_out_prefix
 from rfl_jax.training.state import Frozen, Networks, States, TrainState, create_state, split_networks
-from rfl_jax.training.step import Sampler, make_sampler, make_step, split_prefix
+from rfl_jax.training.step import Sampler, caches_prefix, make_sampler, make_step, split_prefix
 
 # Which sharding table a network uses.
 TABLES = {"dit": "dit", "dit2": "dit", "vae": "vae", "text_encoder": "umt5", "reward": "reward"}
@@ -41,9 +42,11 @@ class Setup:
         mesh: its devices.
         prepared: its samples.
         held_out: samples of the evaluation.
-        networks, sampler: static halves of the step: networks, and the denoising steps that are not cached.
+        networks: static halves of the networks.
+        prefix, sampler: denoising steps before the step, if they are not in the cache, and those of the step.
         state, frozen: weights and optimizer on the mesh.
         jitted: the jitted step, to be called under `jax.set_mesh(mesh)`, as `step` does.
+        jitted_prefix: the program before it; None without steps of its own.
         key: of all randomness.
         updates_per_step: optimizer updates a step of `train_batch_size` samples.
         steps: in all.
@@ -57,10 +60,12 @@ class Setup:
     prepared: list[Prepared]
     held_out: list[Prepared]
     networks: Networks
+    prefix: Sampler
     sampler: Sampler
     state: TrainState
     frozen: Frozen
     jitted: Any
+    jitted_prefix: Any
     key: jax.Array
     updates_per_step: int
     steps: int
@@ -71,14 +76,26 @@ class Setup:
         self, state: TrainState, frozen: Frozen, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer update on the mesh. `state` is donated."""
+        batch = self.start(frozen, batch, key)
         with jax.set_mesh(self.mesh):
             return self.jitted(state, frozen, batch, key)
+
+    def start(self, frozen: Frozen, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        """The batch with the latents that the step starts from, where they are not in the cache."""
+        if self.jitted_prefix is None:
+            return batch
+        with jax.set_mesh(self.mesh):
+            return batch | {"prefix": self.jitted_prefix(*prefix_arguments(self.prefix, frozen, batch), key)}
+
+    @property
+    def rollout(self) -> Sampler:
+        """All denoising steps of an update."""
+        return dataclasses.replace(self.sampler, phases=self.prefix.phases + self.sampler.phases)
 
     @property
     def samples(self) -> int:
         """In one optimizer update, of all processes."""
-        cfg = self.cfg
-        return cfg.per_device_train_batch_size * batch_shards(self.mesh) * cfg.gradient_accumulation_steps
+        return samples_an_update(self.cfg, self.mesh)
 
     def iterator(self) -> Any:
         """The data, one optimizer update's samples of this process at a time."""
@@ -96,18 +113,20 @@ class Setup:
         """A batch on the mesh: micro-batches first, samples spread over devices."""
         count = self.cfg.gradient_accumulation_steps
         batch = {k: v.reshape(count, -1, *v.shape[1:]) for k, v in samples.items()}
-        spread = NamedSharding(self.mesh, PartitionSpec(None, *BATCH))
         placed = {
-            k: jax.make_array_from_process_local_data(spread, v, (count, self.samples // count, *v.shape[2:]))
+            k: jax.make_array_from_process_local_data(
+                micro_batches(self.mesh), v, (count, self.samples // count, *v.shape[2:])
+            )
             for k, v in batch.items()
         }
-        whole = NamedSharding(self.mesh, PartitionSpec())
+        whole = replicated(self.mesh)
         return placed | {k: hosts.place(np.stack([v] * count), whole) for k, v in self.constants.items()}
 
 
-def load_networks(cfg: Config, sources: Sources, sampler: Sampler, platform: str) -> tuple[Networks, States, Frozen]:
-    """All networks of the step, trainable and frozen weights apart. A DiT that takes none of the sampler's steps stays
-    where it is.
+def load_networks(
+    cfg: Config, sources: Sources, experts: Collection[str], platform: str
+) -> tuple[Networks, States, Frozen]:
+    """All networks of an update, trainable and frozen weights apart. A DiT that is none of the experts stays where it is.
 
     Raises:
         UserError: weights that are missing, or of another shape than `preset` names.
@@ -116,7 +135,6 @@ def load_networks(cfg: Config, sources: Sources, sampler: Sampler, platform: str
     dtype = jnp.dtype(cfg.dtype)
     kernel = kernel_for(cfg.attention, platform)
     dits: dict[str, DiT] = {}
-    experts = {phase.expert for phase in sampler.phases}
     missing = [name for name in cfg.trained if name == "dit2" and not sources.dit2]
     if missing:
         raise UserError("config.trainable_models: dit2 is named, but one network serves all steps of this preset")
@@ -187,6 +205,22 @@ def experts_of(cfg: Config) -> int:
     return 1 if DIT_PRESETS[cfg.preset].boundary is None else 2
 
 
+def samples_an_update(cfg: Config, mesh: Mesh) -> int:
+    """Samples of one optimizer update, of all processes.
+
+    Raises:
+        UserError: `train_batch_size` is no multiple of them.
+    """
+    samples = cfg.per_device_train_batch_size * batch_shards(mesh) * cfg.gradient_accumulation_steps
+    if cfg.train_batch_size % samples:
+        raise UserError(
+            f"config.train_batch_size: {cfg.train_batch_size} is no multiple of {samples} = per_device_train_batch_size "
+            f"{cfg.per_device_train_batch_size} x {batch_shards(mesh)} sample groups of the mesh x "
+            f"gradient_accumulation_steps {cfg.gradient_accumulation_steps}"
+        )
+    return samples
+
+
 def cache_folder(cfg: Config, workdir: epath.Path) -> epath.Path:
     return epath.Path(cfg.data.cache_dir) if cfg.data.cache_dir else workdir / "cache"
 
@@ -208,7 +242,7 @@ class Preparation:
     Attributes:
         sources: where its weights are.
         mesh: its devices.
-        sampler: the denoising steps of every update.
+        prefix, sampler: as in `Setup`.
         prepared, held_out: samples to train on, and of the evaluation.
         constants: arrays that are the same in every batch.
         key: of all randomness.
@@ -218,6 +252,7 @@ class Preparation:
 
     sources: Sources
     mesh: Mesh
+    prefix: Sampler
     sampler: Sampler
     prepared: list[Prepared]
     held_out: list[Prepared]
@@ -235,14 +270,9 @@ def prepare_run(cfg: Config, workdir: epath.Path) -> Preparation:
     """
     sources = find_sources(cfg, experts=experts_of(cfg))
     prefix, sampler = split_prefix(cfg, make_sampler(cfg, DIT_PRESETS[cfg.preset]))
+    cached = caches_prefix(cfg, prefix)
     mesh = make_mesh(dataclasses.asdict(cfg.mesh))
-    samples = cfg.per_device_train_batch_size * batch_shards(mesh) * cfg.gradient_accumulation_steps
-    if cfg.train_batch_size % samples:
-        raise UserError(
-            f"config.train_batch_size: {cfg.train_batch_size} is no multiple of {samples} = per_device_train_batch_size "
-            f"{cfg.per_device_train_batch_size} x {batch_shards(mesh)} devices x gradient_accumulation_steps "
-            f"{cfg.gradient_accumulation_steps}"
-        )
+    samples = samples_an_update(cfg, mesh)
     cache = cache_folder(cfg, workdir)
     prepared, held_out = prepare_clips(cfg, sources, cache)
     check_shapes(prepared, samples // cfg.gradient_accumulation_steps)
@@ -252,7 +282,7 @@ def prepare_run(cfg: Config, workdir: epath.Path) -> Preparation:
     steps_an_epoch = max(1, len(prepared) // cfg.train_batch_size)
     steps = cfg.max_steps if cfg.max_steps > 0 else cfg.num_train_epochs * steps_an_epoch
     key = hosts.random_key(cfg.seed, mesh)
-    if prefix.phases:
+    if cached:
         epochs = -(-steps * cfg.train_batch_size // len(prepared))
         prepared = roll_out_prefix(
             cfg, sources, prefix, prepared, cache, mesh,
@@ -262,7 +292,8 @@ def prepare_run(cfg: Config, workdir: epath.Path) -> Preparation:
             cfg, sources, prefix, held_out, cache, mesh,
             key=evaluation_key(key), noises=1, mode="fresh", constants=constants,
         )  # fmt: skip
-    return Preparation(sources, mesh, sampler, prepared, held_out, constants, key, samples, steps)
+        prefix = dataclasses.replace(prefix, phases=())
+    return Preparation(sources, mesh, prefix, sampler, prepared, held_out, constants, key, samples, steps)
 
 
 def set_up(cfg: Config, workdir: epath.Path) -> Setup:
@@ -272,8 +303,9 @@ def set_up(cfg: Config, workdir: epath.Path) -> Setup:
         UserError: anything in the configuration, the data or the weights that cannot be used.
     """
     ready = prepare_run(cfg, workdir)
-    mesh, sampler = ready.mesh, ready.sampler
-    networks, params, frozen = load_networks(cfg, ready.sources, sampler, mesh.devices.flat[0].platform)
+    mesh, prefix, sampler = ready.mesh, ready.prefix, ready.sampler
+    experts = {phase.expert for phase in prefix.phases + sampler.phases}
+    networks, params, frozen = load_networks(cfg, ready.sources, experts, mesh.devices.flat[0].platform)
     updates_per_step = cfg.train_batch_size // ready.samples
     tx = optimizer(cfg, ready.steps * updates_per_step)
     schedule = learning_rate(cfg, ready.steps * updates_per_step)
@@ -294,10 +326,12 @@ def set_up(cfg: Config, workdir: epath.Path) -> Setup:
         prepared=ready.prepared,
         held_out=ready.held_out,
         networks=networks,
+        prefix=prefix,
         sampler=sampler,
         state=state,
         frozen=frozen,
         jitted=jitted,
+        jitted_prefix=jit_prefix(networks, prefix, mesh, mode=cfg.noise.mode) if prefix.phases else None,
         key=ready.key,
         updates_per_step=updates_per_step,
         steps=ready.steps,
@@ -324,7 +358,7 @@ def state_places(params: States, tx: Any, cfg: Config, mesh: Mesh) -> TrainState
     Args:
         params: arrays or their shapes.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole = replicated(mesh)
     places = {name: shardings(state, TABLES[name], mesh) for name, state in params.items()}
     abstract = jax.eval_shape(lambda p: create_state(p, tx), params)
     structure = jax.tree.structure(params)

@@ -62,28 +62,35 @@ def make_sampler(cfg: Config, dit: DiTConfig) -> Sampler:
 
 
 def split_prefix(cfg: Config, sampler: Sampler) -> tuple[Sampler, Sampler]:
-    """The steps that `prepare` computes once, and those of every update; the first part is empty without a cache.
+    """The steps whose result depends on the clip and its noise alone, and those after them.
 
-    Cached are the leading phases without gradient of networks that do not train, if nothing else they depend on does.
-
-    Raises:
-        UserError: the cache is asked for where it cannot be.
+    The first are the leading phases without gradient of networks that do not train, if nothing else they depend on
+    does. They are a program of their own, whether it runs once, for the cache, or in every update: so both agree to
+    the last bit.
     """
     count = 0
     for phase in sampler.phases:
         if phase.gradient or phase.expert in cfg.trained or "text_encoder" in cfg.trained:
             break
         count += 1
-    finite = cfg.noise.mode == "fixed" or cfg.noise.per_sample > 0
-    if cfg.noise.prefix_cache == "on" and not (count and finite):
-        raise UserError(
-            "config.noise.prefix_cache: on, but "
-            + ("noise.per_sample is 0: noises never repeat" if count else "what trains takes part in the first step")
-        )
-    if cfg.noise.prefix_cache == "off" or not finite:
-        count = 0
     before, after = sampler.phases[:count], sampler.phases[count:]
     return dataclasses.replace(sampler, phases=before), dataclasses.replace(sampler, phases=after)
+
+
+def caches_prefix(cfg: Config, prefix: Sampler) -> bool:
+    """Whether the latents after the prefix are computed once and kept.
+
+    Raises:
+        UserError: that is asked for where it cannot be.
+    """
+    finite = cfg.noise.mode == "fixed" or cfg.noise.per_sample > 0
+    possible = bool(prefix.phases) and finite
+    if cfg.noise.prefix_cache == "on" and not possible:
+        raise UserError(
+            "config.noise.prefix_cache: on, but "
+            + ("what trains takes part in the first step" if finite else "noise.per_sample is 0: noises never repeat")
+        )
+    return possible and cfg.noise.prefix_cache != "off"
 
 
 def start_noise(key: Array, samples: Array, index: Array, shape: tuple[int, ...], mode: str) -> Float[Array, "b ..."]:
@@ -169,7 +176,7 @@ def make_loss(
 ) -> Callable[[States, Frozen, Batch, Array], tuple[Array, dict[str, Array]]]:
     """`(params, frozen, batch, key) -> (loss, figures)` of one micro-batch.
 
-    A batch may bring the latents it starts from: "prefix", after the steps that are not the sampler's, or "noise".
+    A batch may bring the latents it starts from: "prefix", after steps that are not the sampler's, or "noise".
     """
 
     def loss(params: States, frozen: Frozen, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:

@@ -26,15 +26,18 @@ def plan(*arguments, timeout=600):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
 
 
-@pytest.mark.parametrize("changes", [{}, {"noise.prefix_cache": "off", "trainable_models": "dit2,vae,text_encoder"}])
+@pytest.mark.parametrize("changes", [{}, {"noise.prefix_cache": "off"}, {"trainable_models": "dit2,vae,text_encoder"}])
 def test_arguments_are_those_of_the_run(monkeypatch, settings, tmp_path, changes):
     use_devices(monkeypatch)
     cfg = settings(
         **{"mesh.fsdp": 2, "mesh.context": 2, "data.max_pixels": 64 * 64, **changes}, per_device_train_batch_size=1
     )
     run = set_up(cfg, epath.Path(tmp_path))
-    real = (run.state, run.frozen, run.place(next(run.iterator())), run.key)
-    planned = make_plan(cfg, run.mesh).args
+    plan = make_plan(cfg, run.mesh)
+    assert (plan.prefix is None) == (run.jitted_prefix is None)
+    batch = run.start(run.frozen, run.place(next(run.iterator())), run.key)
+    real = (run.state, run.frozen, batch, run.key)
+    planned = plan.args
     assert jax.tree.structure(planned) == jax.tree.structure(real)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(planned), jax.tree.leaves(real), strict=True):
         name = jax.tree_util.keystr(path)

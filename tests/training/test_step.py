@@ -22,6 +22,7 @@ from rfl_jax.training.state import Frozen, Networks
 from rfl_jax.training.step import (
     Sampler,
     bind_experts,
+    caches_prefix,
     latent_shape,
     make_loss,
     make_sampler,
@@ -223,37 +224,41 @@ def test_noise_is_a_function_of_seed_sample_and_index():
     assert np.array_equal(fixed, draw([1, 2], 5, "fixed"))
 
 
-def test_cached_prefix_equals_the_whole_rollout(monkeypatch, settings, tmp_path):
+def test_cached_prefix_changes_no_bit(monkeypatch, settings, tmp_path):
     use_devices(monkeypatch)
-    results, runs, batches = [], [], []
+    results = []
     for cache in ("off", "auto"):
-        run = set_up(settings(**{"noise.prefix_cache": cache}), epath.Path(tmp_path))
+        # A cache of its own: other tests fill the common one from other meshes, whose programs round otherwise.
+        where = {"data.cache_dir": str(tmp_path / "cache"), "noise.prefix_cache": cache}
+        cfg = settings(gradient_accumulation_steps=2, train_batch_size=4, **where)
+        run = set_up(cfg, epath.Path(tmp_path))
         assert ("dit" in run.networks.graphs) == (cache == "off")
         batch = run.place(next(run.iterator()))
         assert ("prefix" in batch) == (cache == "auto")
+        start = run.start(run.frozen, batch, run.key)["prefix"]
         state, metrics = run.step(run.state, run.frozen, batch, run.key)
-        results.append((metrics, flat(state.params)))
-        runs.append(run)
-        batches.append({name: x[0] for name, x in batch.items()})
+        results.append((start, metrics, flat(state.params)))
+    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+        assert np.array_equal(a, b)
 
-    # The latents after the high-noise expert's steps are those of the cache, bit for bit.
-    whole = runs[0]
-    steps = dataclasses.replace(whole.sampler, phases=whole.sampler.phases[:1])
-    assert steps.phases[0].expert == "dit"
 
-    @jax.jit
-    def latents(frozen, batch, key):
-        experts, keep = bind_experts(whole.networks, steps, {}, frozen, batch)
-        noise = start_noise(key, batch["sample"], batch["noise_index"], latent_shape(steps, batch), "fresh")
-        return rollout(experts, noise, steps.levels, steps.phases, keep=keep).latents
+def test_prefix_and_step_are_the_whole_rollout(monkeypatch, settings, tmp_path):
+    use_devices(monkeypatch)
+    run = set_up(settings(**{"noise.prefix_cache": "off"}), epath.Path(tmp_path))
+    batch = run.start(run.frozen, run.place(next(run.iterator())), run.key)
+    batch = {name: x[0] for name, x in batch.items()}
 
-    assert np.array_equal(latents(whole.frozen, batches[0], whole.key), batches[1]["prefix"])
+    def latents(sampler, start):
+        @jax.jit
+        def run_all(params, frozen, batch, start):
+            experts, keep = bind_experts(run.networks, sampler, params, frozen, batch)
+            return rollout(experts, start, sampler.levels, sampler.phases, keep=keep).latents
 
-    # What follows is another program, in which the compiler may add in another order.
-    (metrics, params), (cached, cached_params) = results
-    for name in metrics:
-        np.testing.assert_allclose(cached[name], metrics[name], rtol=1e-6, err_msg=name)
-    assert relative(cached_params, params) < 1e-6
+        return run_all(run.state.params, run.frozen, batch, start)
+
+    noise = start_noise(run.key, batch["sample"], batch["noise_index"], latent_shape(run.sampler, batch), "fresh")
+    assert [phase.expert for phase in run.rollout.phases] == ["dit", "dit2", "dit2"]
+    assert relative(latents(run.sampler, batch["prefix"]), latents(run.rollout, noise)) < 1e-5
 
 
 def test_the_prefix_ends_where_something_trains(settings):
@@ -262,16 +267,25 @@ def test_the_prefix_ends_where_something_trains(settings):
         return [[p.expert for p in s.phases] for s in split_prefix(cfg, make_sampler(cfg, DIT_PRESETS["mini"]))]
 
     assert phases() == [["dit"], ["dit2", "dit2"]]
-    assert phases(**{"noise.prefix_cache": "off"}) == [[], ["dit", "dit2", "dit2"]]
-    assert phases(**{"noise.per_sample": 0})[0] == []
-    assert phases(**{"noise.per_sample": 0, "noise.mode": "fixed"})[0] == ["dit"]
     assert phases(lora_base_model="dit,dit2", mid_timestep=2)[0] == []
     assert phases(trainable_models="dit2,text_encoder")[0] == []
     assert phases(trainable_models="dit2,vae")[0] == ["dit"]
+
+
+def test_the_prefix_is_cached_where_noises_repeat(settings):
+    def cached(**changes):
+        cfg = settings(**changes)
+        return caches_prefix(cfg, split_prefix(cfg, make_sampler(cfg, DIT_PRESETS["mini"]))[0])
+
+    assert cached()
+    assert not cached(**{"noise.prefix_cache": "off"})
+    assert not cached(**{"noise.per_sample": 0})
+    assert cached(**{"noise.per_sample": 0, "noise.mode": "fixed"})
+    assert not cached(lora_base_model="dit,dit2", mid_timestep=2)
     with pytest.raises(UserError, match="noises never repeat"):
-        phases(**{"noise.prefix_cache": "on", "noise.per_sample": 0})
+        cached(**{"noise.prefix_cache": "on", "noise.per_sample": 0})
     with pytest.raises(UserError, match="takes part in the first step"):
-        phases(**{"noise.prefix_cache": "on"}, lora_base_model="dit,dit2", mid_timestep=2)
+        cached(**{"noise.prefix_cache": "on"}, lora_base_model="dit,dit2", mid_timestep=2)
 
 
 def test_a_network_without_gradient_steps_cannot_train(settings):
