@@ -71,20 +71,25 @@ def run(main: Callable[[], None], command: str) -> None:
 
     def guarded(_: list[str]) -> None:
         distributed = "distributed" in flags.FLAGS and flags.FLAGS.distributed
-        if not distributed:
-            return main()
-        hosts.join()
+        if distributed:
+            hosts.join()
         try:
             return main()
         except jax.errors.JaxRuntimeError as error:
-            # What a collective says when its other end is gone depends on the transport.
             line = (str(error).splitlines() or [type(error).__name__])[0][:160]
-            print(
-                f"{command}: another host of this run stopped, or the connection to it ({line}); "
-                "the same command on all hosts goes on from the last checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
+            if "RESOURCE_EXHAUSTED" in line:
+                reason = f"out of memory ({line}); python -m rfl_jax.plan says what takes it, and what would fit"
+            # What a collective says when its other end is gone depends on the transport; these are no such thing.
+            elif distributed and not line.startswith(("INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND")):
+                reason = (
+                    f"another host of this run stopped, or the connection to it ({line}); "
+                    "the same command on all hosts goes on from the last checkpoint"
+                )
+            else:
+                raise
+            print(f"{command}: {reason}", file=sys.stderr, flush=True)
+            if not distributed:
+                sys.exit(1)
             # Without the others an orderly end would wait for them.
             os._exit(1)
 

@@ -6,9 +6,7 @@ topology (`v5p:2x2x1`), or the devices of this machine (`local`). Exit status 0:
 
 import dataclasses
 import json
-import math
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,25 +15,10 @@ from absl import flags
 from rfl_jax import cli
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
+from rfl_jax.planning.abstract import make_plan, on_devices
 from rfl_jax.planning.chips import GIB, devices_of
-from rfl_jax.planning.compile import Report, plan_run
-from rfl_jax.sharding import make_mesh
-
-
-def changes(cfg: Config, devices: int) -> Iterator[tuple[dict[str, Any], Config]]:
-    """Variants of a configuration that need less memory, as settings and as configuration: policies that keep less,
-    more pieces of each sample. Meshes give every sample group at least one sample of the batch.
-    """
-    policies = [cfg.policy, *(p for p in ("save_attention", "full", "offload", "nested") if p != cfg.policy)]
-    for context in (2**i for i in range(int(math.log2(devices)) + 1)):
-        if devices % context:
-            continue
-        for policy in policies:
-            mesh = dataclasses.replace(cfg.mesh, data=1, fsdp=devices // context, context=context)
-            if cfg.train_batch_size % (mesh.fsdp * cfg.per_device_train_batch_size):
-                continue
-            changed = {"mesh.data": 1, "mesh.fsdp": mesh.fsdp, "mesh.context": context, "remat_policy": policy}
-            yield changed, dataclasses.replace(cfg, mesh=mesh, remat_policy=policy)
+from rfl_jax.planning.compile import Report, compile_plan
+from rfl_jax.planning.search import Tried, walk
 
 
 def as_json(cfg: Config, report: Report, topology: str) -> dict[str, Any]:
@@ -83,47 +66,43 @@ def show(cfg: Config, report: Report, topology: str) -> None:
         print(f"{name:20s}{value}")
 
 
-def on_mesh(cfg: Config, devices: Any) -> tuple[Config, Report]:
-    """The configuration with its mesh filled in, and what a step of it takes on these devices."""
-    mesh = make_mesh(dataclasses.asdict(cfg.mesh), devices)
-    cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, **dict(mesh.shape)))
-    samples = cfg.per_device_train_batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
-    if cfg.train_batch_size % (samples * cfg.gradient_accumulation_steps):
-        raise UserError(
-            f"config.train_batch_size: {cfg.train_batch_size} is no multiple of "
-            f"{samples * cfg.gradient_accumulation_steps}, the samples that mesh {dict(mesh.shape)} takes at once"
-        )
-    return cfg, plan_run(cfg, mesh)
-
-
 def main() -> None:
     cfg = cli.load_config(_CONFIG)
     topology = _TOPOLOGY.value
     if not topology:
         raise UserError("--topology: expected local, an accelerator type such as v5p-8, or a topology")
     devices = devices_of(topology)
-    found: list[tuple[dict[str, Any], Config, Report]] = []
+    tried: list[Tried] = []
     if not _SEARCH.value:
-        planned, report = on_mesh(cfg, devices)
-        found.append(({}, planned, report))
-    if _SEARCH.value or not found[0][2].fits:
-        for changed, variant in changes(cfg, len(devices)):
-            planned, report = on_mesh(variant, devices)
-            print(f"tried {_flags(changed)}: {'fits' if report.fits else 'does not fit'}", file=sys.stderr)
-            found.append((changed, planned, report))
-            if report.fits and not _SEARCH.value:
-                break
-    fitting = [entry for entry in found if entry[2].fits]
-    best = min(fitting, key=lambda entry: entry[2].step_time_s or entry[2].executed_flops, default=None)
-    chosen = best if _SEARCH.value and best else found[0]
-    change = None if best is None or (chosen is best and not _SEARCH.value) else _flags(best[0])
+        planned, mesh = on_devices(cfg, devices)
+        tried.append(Tried({}, planned, compile_plan(planned, make_plan(planned, mesh))))
+    if _SEARCH.value or not tried[0].report.fits:
+        for entry in walk(cfg, devices, fastest=_SEARCH.value):
+            print(f"tried {_flags(entry.changes)}: {_outcome(entry.report)}", file=sys.stderr, flush=True)
+            tried.append(entry)
+    if not tried:
+        raise UserError(
+            f"config.train_batch_size: {cfg.train_batch_size} fills no mesh of the {len(devices)} devices of {topology}"
+        )
+    fitting = [entry for entry in tried if entry.report.fits]
+    best = min(fitting, key=lambda entry: entry.report.seconds_a_sample, default=None)
+    shown = best if _SEARCH.value and best else tried[0]
+    change = None if best is None else _flags(best.changes)
     if _JSON.value:
-        print(json.dumps(as_json(chosen[1], chosen[2], topology) | {"change": change}))
+        print(json.dumps(as_json(shown.cfg, shown.report, topology) | {"change": change}))
     else:
-        show(chosen[1], chosen[2], topology)
-        if change is not None:
+        show(shown.cfg, shown.report, topology)
+        if change:
             print(f"{'fastest that fits' if _SEARCH.value else 'fits with':20s}{change}")
-    sys.exit(0 if chosen[2].fits else 1)
+        if best is None:
+            print(f"{'fits with':20s}nothing tried")
+    sys.exit(0 if shown.report.fits else 1)
+
+
+def _outcome(report: Report) -> str:
+    if report.fits:
+        return "fits"
+    return "does not fit" if report.compile_s else f"does not fit, needs {(report.needed or 0) / GIB:.1f} GiB at least"
 
 
 def _flags(changed: dict[str, Any]) -> str:

@@ -184,3 +184,16 @@ def test_paths_of_weights_are_checked_before_anything_is_loaded():
             sources(model_paths=paths)
     with pytest.raises(UserError, match="expected org/name:pattern"):
         sources(model_paths="", model_id_with_origin_paths="Wan-AI")
+
+
+def test_out_of_memory_is_one_line_that_names_the_plan():
+    script = (
+        "import jax.numpy as jnp\n"
+        "from rfl_jax import cli\n"
+        "cli.run(lambda: jnp.zeros((1 << 50,), jnp.int8).block_until_ready(), 'train')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("train: out of memory (RESOURCE_EXHAUSTED")
+    assert "rfl_jax.plan" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,6 +1,5 @@
 """The miniature's clips, drawn on first use: people to train on and people held out."""
 
-import contextlib
 import csv
 import tempfile
 from pathlib import Path
@@ -32,9 +31,12 @@ def clips(split: str, folder: Path | str | None = None) -> Path:
     base.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{done.name}.", dir=base) as aside:
         draw_clips(Path(aside) / "clips", count, seed)
-        # Another process may have drawn the same clips meanwhile.
-        with contextlib.suppress(OSError):
+        try:
             (Path(aside) / "clips").rename(done)
+        except OSError:
+            # Another process may have drawn the same clips meanwhile.
+            if not (done / "metadata.csv").exists():
+                raise
     return done / "metadata.csv"
 
 

@@ -20,7 +20,7 @@ from rfl_jax.models.wan.config import DIT_PRESETS, VAE_PRESETS, VAEConfig
 from rfl_jax.rewards.arcface import IResNetConfig
 from rfl_jax.rewards.face import FaceReward
 from rfl_jax.rewards.scrfd import SCRFDConfig, family
-from rfl_jax.sharding import micro_batches, replicated
+from rfl_jax.sharding import make_mesh, micro_batches, replicated
 from rfl_jax.sources import find_sources
 from rfl_jax.training.optim import learning_rate, optimizer
 from rfl_jax.training.prefix import jit_prefix, prefix_arguments
@@ -36,6 +36,7 @@ class Plan:
     """What is compiled.
 
     Attributes:
+        mesh: devices.
         step: the jitted step of training.
         args: shapes, types and places of its arguments: state, frozen weights, batch, key.
         prefix: the program before it, and its arguments; None if its result is in the cache.
@@ -46,6 +47,7 @@ class Plan:
         frames, height, width: of one video.
     """
 
+    mesh: Mesh
     step: Any
     args: tuple[Any, ...]
     prefix: tuple[Any, tuple[Any, ...]] | None
@@ -67,6 +69,18 @@ def video_size(cfg: Config) -> tuple[int, int, int]:
     multiple = 32 if DIT_PRESETS[cfg.preset].first_frame_in_latents else 16
     side = int(cfg.data.max_pixels**0.5) // multiple * multiple
     return cfg.data.num_frames, cfg.data.height or side, cfg.data.width or side
+
+
+def on_devices(cfg: Config, devices: Sequence[Any]) -> tuple[Config, Mesh]:
+    """The configuration with its mesh filled in, and the mesh of these devices.
+
+    Raises:
+        UserError: the mesh does not fill them, or the batch does not divide over it.
+    """
+    mesh = make_mesh(dataclasses.asdict(cfg.mesh), devices)
+    cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, **dict(mesh.shape)))
+    samples_an_update(cfg, mesh)
+    return cfg, mesh
 
 
 def make_plan(cfg: Config, mesh: Mesh) -> Plan:
@@ -124,6 +138,7 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
     if prefix.phases:
         batch["prefix"] = samples(*latents, dit.out_dim)
     return Plan(
+        mesh,
         jit_step(cfg, networks, sampler, tx, schedule, places),
         (state, frozen, batch, key),
         before,

@@ -1,24 +1,24 @@
 """Compiles a plan for devices that need not be there, and reads from the result what a run would take."""
 
 import dataclasses
+import functools
+import math
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from rfl_jax.config import Config
 from rfl_jax.models.wan.vae import VAE
-from rfl_jax.planning.abstract import Plan, bytes_per_device, make_plan
-from rfl_jax.planning.chips import chip_of
+from rfl_jax.planning.abstract import Plan, bytes_per_device
+from rfl_jax.planning.chips import Chip, chip_of
 from rfl_jax.planning.hlo import Traffic, collectives
 from rfl_jax.rewards.arcface import CROP, IResNet
 from rfl_jax.rewards.scrfd import SCRFD
-from rfl_jax.training.flops import dit_flops
+from rfl_jax.training.flops import dit_flops, forward_passes
 
 # Least effort of the scheduler: a third of the time and memory to compile, and the same memory figures.
 EFFORT = {"exec_time_optimization_effort": -1.0}
@@ -42,8 +42,9 @@ class Report:
         largest: its largest buffers then, by name.
         model_flops, executed_flops: of one update on all devices, without and with recomputation.
         traffic: collectives of one update by kind.
-        step_time_s: the longer of arithmetic at peak, and of collectives at full bandwidth: no step is faster.
-        compile_s: seconds the compilation took.
+        step_time_s: the longest of arithmetic at peak, of reading weights, and of collectives, both at full bandwidth: no
+            update is faster.
+        compile_s: seconds the compilation took; 0: nothing was compiled.
     """
 
     fits: bool
@@ -65,32 +66,43 @@ class Report:
     step_time_s: float | None
     compile_s: float
 
+    @property
+    def seconds_a_sample(self) -> float:
+        """What variants are compared by; operations where the chip is not known."""
+        return (self.executed_flops if self.step_time_s is None else self.step_time_s) / self.samples
 
-def plan_run(cfg: Config, mesh: Mesh) -> Report:
-    """Compiles the step of training on the mesh, and the program before it where there is one.
 
-    Raises:
-        UserError: the batch does not divide over the mesh, or the configuration names weights that cannot be read.
+def compile_plan(cfg: Config, plan: Plan, *, least: int = 0) -> Report:
+    """Compiles the step of training, and the program before it where there is one.
+
+    Args:
+        cfg: of the plan.
+        plan: what is compiled.
+        least: bytes a device is known to need; nothing is compiled where it has less.
     """
-    plan = make_plan(cfg, mesh)
+    mesh = plan.mesh
     state, frozen, batch, _ = plan.args
     weights = bytes_per_device((state.params, frozen))
     optimizer, inputs = bytes_per_device(state.opt_state), bytes_per_device(batch)
     resident = weights + optimizer + inputs
     model, executed = step_flops(cfg, plan)
-    chip = chip_of(mesh.devices.flat[0])
+    device = mesh.devices.flat[0]
+    chip, tpu = chip_of(device), device.platform == "tpu"
     begin = time.perf_counter()
     peak: int | None = resident
     needed, largest = None, []
     host, traffic = 0, {}
+    programs = list(filter(None, ((plan.step, plan.args), plan.prefix)))
+    if chip is not None and least > chip.memory:
+        programs, peak, needed = [], None, float(least)
     try:
-        for program, args in filter(None, ((plan.step, plan.args), plan.prefix)):
+        for program, args in programs:
             with jax.set_mesh(mesh):
-                options: Any = EFFORT if chip else None
+                options: Any = EFFORT if tpu else None
                 compiled = program.lower(*args).compile(compiler_options=options)
             memory = compiled.memory_analysis()
             # A program is not handed what it does not use, which is there nevertheless.
-            peak = max(peak, program_peak(memory, chip is not None) + resident - memory.argument_size_in_bytes)
+            peak = max(peak or 0, program_peak(memory, tpu=tpu) + resident - memory.argument_size_in_bytes)
             host = max(host, memory.host_temp_size_in_bytes)
             for kind, sent in collectives(compiled.as_text()).items():
                 total = traffic.setdefault(kind, Traffic())
@@ -100,11 +112,11 @@ def plan_run(cfg: Config, mesh: Mesh) -> Report:
             raise
         peak, traffic = None, {}
         needed, largest = read_refusal(str(error))
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin if programs else 0.0
     step_time = None
     if chip and peak is not None:
         sent = sum(t.bytes for t in traffic.values())
-        step_time = max(executed / mesh.size / chip.flops, sent / chip.interconnect)
+        step_time = max(least_seconds(cfg, plan, chip), sent / chip.interconnect)
     return Report(
         fits=peak is not None and (chip is None or peak <= chip.memory),
         devices=mesh.size,
@@ -127,7 +139,7 @@ def plan_run(cfg: Config, mesh: Mesh) -> Report:
     )
 
 
-def program_peak(memory: Any, tpu: bool) -> int:
+def program_peak(memory: Any, *, tpu: bool) -> int:
     """The most bytes of device memory that a compiled program takes, its arguments among them.
 
     Args:
@@ -169,22 +181,47 @@ def step_flops(cfg: Config, plan: Plan) -> tuple[float, float]:
     frames, rows, columns = plan.latents
     size = cfg.reward.detector_size
     # The decoder is a loop over latent frames, whose body is counted once.
-    decode = frames * _forward_flops(lambda: VAE(plan.vae, rngs=nnx.Rngs(0)), (1, 1, rows, columns, plan.vae.z_dim))
-    embed = plan.frames * _forward_flops(lambda: IResNet(plan.embedder, rngs=nnx.Rngs(0)), (1, CROP, CROP, 3))
-    detect = plan.frames * _forward_flops(lambda: SCRFD(plan.detector, rngs=nnx.Rngs(0)), (1, size, size, 3))
+    decode = frames * _forward_flops(VAE, plan.vae, (1, 1, rows, columns, plan.vae.z_dim))
+    embed = plan.frames * _forward_flops(IResNet, plan.embedder, (1, CROP, CROP, 3))
+    detect = plan.frames * _forward_flops(SCRFD, plan.detector, (1, size, size, 3))
     rest = plan.samples * (2 * decode + 2 * embed + detect)
-    again = plan.samples * decode if cfg.policy != "none" else 0.0
+    # Grouped caches take one more forward pass.
+    passes = 0 if cfg.policy == "none" else 2 if cfg.vae_caches == "recompute" else 1
+    again = plan.samples * decode * passes
     return needed + rest, executed + rest + again
 
 
-def _forward_flops(build: Callable[[], Any], shape: tuple[int, ...]) -> float:
-    graph, weights = nnx.split(nnx.eval_shape(build))
+def least_seconds(cfg: Config, plan: Plan, chip: Chip | None) -> float:
+    """No update is faster than its arithmetic at peak, or than reading each DiT's weights as often as it runs; the
+    operations themselves where the chip is not known.
+
+    Args:
+        cfg: of the plan.
+        plan: what is compiled.
+        chip: the devices'.
+    """
+    executed = step_flops(cfg, plan)[1]
+    if chip is None:
+        return executed
+    state, frozen = plan.args[:2]
+    read = 0
+    for name, count in forward_passes(cfg, plan.sampler).items():
+        states = [states[name] for states in (state.params, frozen.rest) if name in states]
+        read += count * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(states))
+    read *= cfg.gradient_accumulation_steps
+    return max(executed / plan.mesh.size / chip.flops, read / chip.bandwidth)
+
+
+# A search asks for the same networks at the same sizes again and again.
+@functools.cache
+def _forward_flops(network: type, sizes: Any, shape: tuple[int, ...]) -> float:
+    graph, weights = nnx.split(nnx.eval_shape(lambda: network(sizes, rngs=nnx.Rngs(0))))
 
     def forward(weights: nnx.State, x: jax.Array) -> Any:
-        network = nnx.merge(graph, weights)
-        if isinstance(network, VAE):
-            return network.decode(x)
-        return network.logits(x) if isinstance(network, SCRFD) else network(x)
+        module = nnx.merge(graph, weights)
+        if isinstance(module, VAE):
+            return module.decode(x)
+        return module.logits(x) if isinstance(module, SCRFD) else module(x)
 
     cost = jax.jit(forward).lower(weights, jax.ShapeDtypeStruct(shape, jnp.float32)).cost_analysis()
     return float((cost or {}).get("flops", 0.0))

@@ -33,6 +33,19 @@ def dit_forward(cfg: DiTConfig, tokens: int) -> Forward:
     return Forward(float(cfg.num_layers * linear), float(cfg.num_layers * (4 * n * n * d + 4 * n * s * d)))
 
 
+def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, int]:
+    """How often one micro-batch takes each DiT's weights: forward, for the reference, again under remat, backward."""
+    count: dict[str, int] = {}
+    again = {"none": 0, "nested": 2}.get(cfg.policy, 1)
+    for phase in sampler.phases:
+        passes = 1
+        if phase.gradient:
+            passes = (2 if phase.expert in cfg.trained else 1) + again + 1
+        passes *= (phase.stop - phase.start) * (1 if sampler.guidance == 1.0 else 2)
+        count[phase.expert] = count.get(phase.expert, 0) + passes
+    return count
+
+
 def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: int) -> tuple[float, float]:
     """What one update needs of the transformers, and what it executes, all samples together.
 

@@ -10,10 +10,12 @@ import jax
 import pytest
 from etils import epath
 
-from rfl_jax.config import Config
-from rfl_jax.plan import changes
-from rfl_jax.planning.abstract import make_plan
-from rfl_jax.planning.chips import ACCELERATOR_TYPES
+from rfl_jax.config import Config, NoiseSection
+from rfl_jax.planning.abstract import make_plan, on_devices
+from rfl_jax.planning.chips import ACCELERATOR_TYPES, CHIPS, Chip
+from rfl_jax.planning.compile import compile_plan
+from rfl_jax.planning.search import changed, least_bytes, variants, walk
+from rfl_jax.remat import NAMES
 from rfl_jax.training.setup import set_up
 from tests.runs import use_devices
 
@@ -124,12 +126,67 @@ def test_bad_topologies_are_refused_in_one_line():
         assert "--topology" in lines[0]
 
 
-def test_changes_keep_the_batch_and_fill_the_devices():
-    tried = [changed for changed, _ in changes(Config(train_batch_size=4), 16)]
+def test_variants_keep_the_batch_and_fill_the_devices():
+    tried = list(variants(Config(train_batch_size=4), 16))
     assert {c["mesh.fsdp"] * c["mesh.context"] for c in tried} == {16}
     # Four samples cannot be spread over sixteen or eight groups.
     assert {c["mesh.context"] for c in tried} == {4, 8, 16}
-    assert {c["remat_policy"] for c in tried} == {"full", "save_attention", "offload", "nested"}
+    assert {c["remat_policy"] for c in tried} == set(NAMES)
+    # The axes need not be powers of two, and each micro-batch has its samples.
+    assert {c["mesh.context"] for c in variants(Config(train_batch_size=6), 6)} == {1, 2, 3, 6}
+    accumulated = Config(train_batch_size=6, gradient_accumulation_steps=2)
+    assert {c["mesh.context"] for c in variants(accumulated, 6)} == {2, 6}
+    assert not list(variants(Config(train_batch_size=1, per_device_train_batch_size=2), 4))
+    # A cache that the configuration refuses is offered, one that cannot be is not.
+    uncached = Config(train_batch_size=4, noise=NoiseSection(prefix_cache="off"))
+    assert {c["noise.prefix_cache"] for c in variants(uncached, 4)} == {"auto"}
+    endless = Config(train_batch_size=4, noise=NoiseSection(prefix_cache="off", per_sample=0))
+    assert all("noise.prefix_cache" not in c for c in variants(endless, 4))
+    assert len({json.dumps(c) for c in tried}) == len(tried)
+
+
+def test_the_walk_ends_with_the_fastest_that_fits(monkeypatch, settings):
+    cfg = settings(**{"mesh.data": 1, "mesh.fsdp": 1, "mesh.context": 1}, train_batch_size=2)
+    devices = jax.devices()[:1]
+    peaks = {}
+    for policy in ("none", "full"):
+        variant, mesh = on_devices(changed(cfg, {"remat_policy": policy}), devices)
+        made = make_plan(variant, mesh)
+        peaks[policy] = compile_plan(variant, made).peak
+        assert least_bytes(variant, made) <= peaks[policy]
+    assert peaks["full"] < peaks["none"]
+    # A device on which not everything can be kept, but what "full" keeps.
+    memory = (peaks["none"] + peaks["full"]) / 2
+    monkeypatch.setitem(CHIPS, devices[0].device_kind, Chip(1e12, memory, 1e12, 1e12))
+    tried = list(walk(cfg, devices, fastest=True))
+    assert tried[0].cfg.policy == "none"
+    assert not tried[0].report.fits
+    fitting = [entry for entry in tried if entry.report.fits]
+    best = min(fitting, key=lambda entry: entry.report.seconds_a_sample)
+    assert best.cfg.policy in ("save_attention", "full")
+    assert best.report.peak <= memory
+    # Nothing that could not have been faster was compiled after it.
+    assert all(entry.report.seconds_a_sample <= best.report.seconds_a_sample for entry in tried)
+    monkeypatch.setitem(CHIPS, devices[0].device_kind, Chip(1e12, 1.0, 1e12, 1e12))
+    refused = list(walk(cfg, devices, fastest=False))
+    assert not any(entry.report.fits or entry.report.compile_s for entry in refused)
+
+
+def test_search_finds_the_fastest_that_fits():
+    found = plan(*MINI, "--config.per_device_train_batch_size=4", "--topology=local", "--search", "--json")
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout)
+    assert report["fits"]
+    # Where memory is not limited, nothing is computed again.
+    assert report["remat_policy"] == "none"
+    assert "--config.remat_policy=none" in report["change"]
+
+
+def test_a_search_without_variants_is_refused():
+    found = plan("--config=configs/mini.py", "--config.train_batch_size=3", "--topology=v5p-8", "--search",
+                 "--config.per_device_train_batch_size=2")  # fmt: skip
+    assert found.returncode == 2
+    assert "config.train_batch_size: 3 fills no mesh" in found.stderr
 
 
 def test_accelerator_types_have_their_number_of_chips():

@@ -1,16 +1,10 @@
 """The Wan2.1 and Wan2.2 causal video autoencoders (Wan-Video/Wan2.2 `wan/modules/vae2_1.py`, `vae2_2.py`).
 
-Every layer is written once and runs in two ways, told apart by the `Clock` it is handed:
-
-* `WholeClip`: all frames at once; the past of the first frame is zeros.
-* `Chunk`: one latent frame (four video frames) at a time, with the last frames of each convolution's input carried
-  from chunk to chunk. All chunks run the same program, so a clip is one `lax.scan`: the first chunk has a single real frame, in
-  last place, behind three junk frames that every convolution sees as zeros; the caller drops them from a decoded clip.
+Every layer is written once; the `Clock` it is handed says whether it sees all frames at once or one latent frame at a
+time (`rfl_jax.models.wan.clock`).
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,103 +15,10 @@ from jaxtyping import Array, Float
 
 from rfl_jax.models.conv import conv2d, conv3d
 from rfl_jax.models.layers import Linear, lecun_normal
+from rfl_jax.models.wan.clock import Chunk, Clock, Video, WholeClip
 from rfl_jax.models.wan.config import VAEConfig
 from rfl_jax.remat import OFFLOAD_VAE_CACHES, VAE_CACHE, checkpoint_name
 from rfl_jax.sharding import pin
-
-Video = Float[Array, "b t h w c"]
-
-
-class Clock(Protocol):
-    """How a layer sees time."""
-
-    def with_past(self, x: Video, frames: int) -> Video:
-        """`x` behind the `frames` frames that came before it."""
-        ...
-
-    def halve(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
-        """Temporal downsampling: the clip's first frame passes, later ones go through `convolve` with stride 2."""
-        ...
-
-    def double(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
-        """Temporal upsampling: the clip's first frame passes, each later one becomes two by `convolve`."""
-        ...
-
-    def in_groups(self, x: Video, frames: int) -> Video:
-        """Frames that fill groups of `frames`, zeros before the clip's first."""
-        ...
-
-    def keep_first(self, x: Video, factor: int) -> Video:
-        """Drops what a `factor`-fold duplication put before the clip's first frame."""
-        ...
-
-
-def _interleave(x: Video) -> Video:
-    return rearrange(x, "b t h w (two c) -> b (t two) h w c", two=2)
-
-
-class WholeClip:
-    """All frames at once."""
-
-    def with_past(self, x: Video, frames: int) -> Video:
-        return jnp.pad(x, ((0, 0), (frames, 0), (0, 0), (0, 0), (0, 0)))
-
-    def halve(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
-        return jnp.concatenate([x[:, :1], convolve(x)], 1) if x.shape[1] > 1 else x
-
-    def double(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
-        if x.shape[1] == 1:
-            return x
-        later = convolve(self.with_past(x[:, 1:], 2))
-        return jnp.concatenate([x[:, :1], _interleave(later)], 1)
-
-    def in_groups(self, x: Video, frames: int) -> Video:
-        return jnp.pad(x, ((0, 0), (-x.shape[1] % frames, 0), (0, 0), (0, 0), (0, 0)))
-
-    def keep_first(self, x: Video, factor: int) -> Video:
-        return x[:, factor - 1 :]
-
-
-class Chunk:
-    """One step of the scan.
-
-    Args:
-        first: whether this is the clip's first chunk (a traced bool).
-        caches: the past of each convolution in the order of use; None starts with zeros.
-    """
-
-    def __init__(self, first: Array, caches: Sequence[Array] | None) -> None:
-        self._first = first
-        self._past = iter(caches) if caches is not None else None
-        self.caches: list[Array] = []
-
-    def _real(self, x: Video) -> Video:
-        junk = jnp.arange(x.shape[1]) < x.shape[1] - 1
-        return jnp.where((self._first & junk)[:, None, None, None], 0, x)
-
-    def with_past(self, x: Video, frames: int) -> Video:
-        return self._behind(self._real(x), frames)
-
-    def _behind(self, x: Video, frames: int) -> Video:
-        past = next(self._past) if self._past else jnp.zeros((x.shape[0], frames, *x.shape[2:]), x.dtype)
-        joined = jnp.concatenate([past, x], 1)
-        self.caches.append(joined[:, -frames:])
-        return joined
-
-    def halve(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
-        return jnp.where(self._first, x[:, 1::2], convolve(self.with_past(x, 1)))
-
-    def double(self, x: Video, convolve: Callable[[Video], Video]) -> Video:
-        # The convolution must not see the clip's first frame, now or later: the reference starts it after that.
-        later = convolve(self._behind(jnp.where(self._first, 0, x), 2))
-        # Chosen before the interleave: after it, a space-sharded clip would be gathered.
-        return _interleave(jnp.where(self._first, jnp.concatenate([x, x], -1), later))
-
-    def in_groups(self, x: Video, frames: int) -> Video:
-        return self._real(x)
-
-    def keep_first(self, x: Video, factor: int) -> Video:
-        return x  # the junk stays in front
 
 
 class CausalConv(nnx.Module):

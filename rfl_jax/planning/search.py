@@ -1,0 +1,128 @@
+"""The fastest variant of a configuration that fits: bounds first, compilation where they do not decide."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from rfl_jax.config import Config
+from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.planning.abstract import Plan, bytes_per_device, make_plan, on_devices
+from rfl_jax.planning.chips import chip_of
+from rfl_jax.planning.compile import Report, compile_plan, least_seconds
+from rfl_jax.remat import NAMES
+from rfl_jax.training.step import caches_prefix, make_sampler, split_prefix
+
+Changes = dict[str, Any]
+
+# What saves memory, the cheapest first. Weights in host memory come over a link whose speed no bound here knows: they
+# are tried when nothing else fits.
+MEASURES: tuple[Changes, ...] = (
+    {},
+    {"vae_caches": "recompute"},
+    {"frozen_memory": "pinned_host", "optimizer_memory": "pinned_host"},
+    {"vae_caches": "recompute", "frozen_memory": "pinned_host", "optimizer_memory": "pinned_host"},
+)
+
+
+def kept_by_block(policy: str, ffn: float) -> float:
+    """Activations that a block leaves at least for its backward pass, in tensors of its input's size.
+
+    Args:
+        policy: of remat.
+        ffn: width of the feed-forward layer over the block's.
+    """
+    # Without remat: the inputs of the products (three norms, two attentions' outputs), queries and keys before their
+    # norm and turned, values, cross-attention's queries before and after theirs, the feed-forward layer before and after
+    # its nonlinearity.
+    return {"none": 5 + 2 + 3 + 2 + 2 * ffn, "save_attention": 3, "offload": 0}.get(policy, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A variant that was decided.
+
+    Attributes:
+        changes: what it changes, by flag.
+        cfg: with its mesh filled in.
+        report: what it takes.
+    """
+
+    changes: Changes
+    cfg: Config
+    report: Report
+
+
+def changed(cfg: Config, changes: Changes) -> Config:
+    """The configuration with dotted settings replaced."""
+    for name, value in changes.items():
+        section, _, key = name.rpartition(".")
+        if section:
+            key, value = section, dataclasses.replace(getattr(cfg, section), **{key: value})
+        cfg = dataclasses.replace(cfg, **{key: value})
+    return cfg
+
+
+def variants(cfg: Config, devices: int) -> Iterator[Changes]:
+    """Meshes that the batch fills, every policy, the prefix cached where it can be, measures against memory."""
+    prefix = split_prefix(cfg, make_sampler(cfg, DIT_PRESETS[cfg.preset]))[0]
+    cache = changed(cfg, {"noise.prefix_cache": "auto"})
+    common: Changes = {}
+    if cache != cfg and caches_prefix(cache, prefix) and not caches_prefix(cfg, prefix):
+        common["noise.prefix_cache"] = "auto"
+    seen = set()
+    for context in (n for n in range(1, devices + 1) if devices % n == 0):
+        groups = devices // context
+        if cfg.train_batch_size % (groups * cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps):
+            continue
+        for policy in NAMES:
+            for measure in MEASURES:
+                changes = {"mesh.data": 1, "mesh.fsdp": groups, "mesh.context": context, "remat_policy": policy}
+                changes |= common | measure
+                variant = changed(cfg, changes)
+                if variant not in seen:
+                    seen.add(variant)
+                    yield changes
+
+
+def least_bytes(cfg: Config, plan: Plan) -> int:
+    """What a device needs at least: all that lies there between updates, and what a policy keeps of the blocks."""
+    resident = bytes_per_device(plan.args)
+    sizes = plan.sampler.dit
+    tokens = math.prod(plan.latents) // math.prod(sizes.patch_size)
+    devices = cfg.mesh.context * cfg.mesh.data * cfg.mesh.fsdp
+    block = plan.samples // cfg.gradient_accumulation_steps * tokens * sizes.dim * jnp.dtype(cfg.dtype).itemsize
+    steps = sum(phase.stop - phase.start for phase in plan.sampler.phases if phase.gradient)
+    kept = kept_by_block(cfg.policy, sizes.ffn_dim / sizes.dim) * sizes.num_layers * block
+    # "nested" keeps one denoising step's.
+    return resident + int(kept * (1 if cfg.policy == "nested" else steps) / devices)
+
+
+def walk(cfg: Config, devices: Sequence[Any], *, fastest: bool) -> Iterator[Tried]:
+    """Decides variants, those first that can be fastest, and compiles what bounds do not decide.
+
+    Args:
+        cfg: the configuration to vary.
+        devices: of the topology.
+        fastest: go on after the first that fits, as long as a bound is below the best found; else end there.
+    """
+    chip = chip_of(devices[0])
+    open_: list[tuple[bool, float, int, Changes, Config, Plan]] = []
+    for changes in variants(cfg, len(devices)):
+        variant, mesh = on_devices(changed(cfg, changes), devices)
+        plan = make_plan(variant, mesh)
+        streamed = variant.frozen_memory != "device"
+        bound = least_seconds(variant, plan, chip) / plan.samples
+        open_.append((streamed, bound, least_bytes(variant, plan), changes, variant, plan))
+    best: float | None = None
+    for streamed, bound, least, changes, variant, plan in sorted(open_, key=lambda entry: entry[:3]):
+        if best is not None and (streamed or bound >= best):
+            continue
+        report = compile_plan(variant, plan, least=least)
+        yield Tried(changes, variant, report)
+        if report.fits and not fastest:
+            return
+        if report.fits:
+            best = min(report.seconds_a_sample, best or report.seconds_a_sample)
