@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert.mapping import Rule, Shapes, fill, flat_shapes, plan
-from convert.readers import SafetensorsReader
+from convert.lora import Lora, merge
+from convert.mapping import LazyArray, Rule, Shapes, flat_shapes, lazy_arrays, plan, whole
+from convert.readers import Checkpoint
 from rfl_jax.errors import UserError
 from rfl_jax.models.weights import set_arrays
 
@@ -37,36 +37,46 @@ class Component:
     hint_names: tuple[str, ...] = ()
 
     def convert(
-        self, sources: Sequence[Path | str], *, dtype: str | None = None, **hints: Any
-    ) -> tuple[object, dict[str, np.ndarray]]:
-        """Config and `dotted.path -> array` of a checkpoint.
+        self,
+        sources: Sequence[Path | str],
+        *,
+        dtype: str | None = None,
+        loras: Sequence[tuple[str, float]] = (),
+        **hints: Any,
+    ) -> tuple[Any, dict[str, LazyArray]]:
+        """Config and `dotted.path -> array` of a checkpoint. The arrays are checked, but not read yet.
+
+        Args:
+            sources: the checkpoint's files.
+            dtype: of the arrays; None keeps the source's (bfloat16 for 8-bit weights).
+            loras: files of adapters and their strengths, which are merged into the weights.
+            hints: see `infer_config`.
 
         Raises:
             UserError: unreadable files, or tensors that are missing, unexpected or misshapen.
         """
-        reader, cfg, assignments, target = self._plan(sources, hints)
-        return cfg, fill(assignments, target, reader.read, np.dtype(jnp.dtype(dtype)) if dtype else None)
-
-    def describe(self, sources: Sequence[Path | str]) -> Any:
-        """The config alone: only headers are read."""
-        return self._plan(sources, {})[1]
-
-    def _plan(self, sources: Sequence[Path | str], hints: dict) -> tuple[SafetensorsReader, object, Any, Shapes]:
         unknown = sorted(set(hints) - set(self.hint_names))
         if unknown:
             raise UserError(
                 f"{unknown[0]}: not a setting of {self.name}, expected one of {', '.join(self.hint_names) or 'none'}"
             )
         paths = [Path(source) for source in sources]
-        reader = SafetensorsReader(paths)
-        rules = self.namings[self.naming(reader.shapes)]
+        checkpoint = Checkpoint(paths)
         try:
-            cfg = self.infer_config(reader.shapes, {**sidecar(paths[0]), **hints})
+            rules = self.namings[self.naming(checkpoint.shapes)]
+            cfg = self.infer_config(checkpoint.shapes, {**sidecar(paths[0]), **hints})
             target = flat_shapes(nnx.eval_shape(lambda: self.build(cfg)))
-            assignments = plan(rules, reader.shapes, target, what=self.name)
+            assignments = plan(rules, checkpoint.shapes, target, what=self.name)
         except UserError as error:
             raise UserError(f"{paths[0]}: {error}") from None
-        return reader, cfg, assignments, target
+        stored = np.dtype(jnp.dtype(dtype)) if dtype else None
+        arrays = lazy_arrays(assignments, target, checkpoint.read, lambda key: stored or checkpoint.dtype(key))
+        merged = [(Lora(file, self.namings, target), strength) for file, strength in loras]
+        return cfg, merge(arrays, merged)
+
+    def describe(self, sources: Sequence[Path | str]) -> Any:
+        """The config alone: only headers are read."""
+        return self.convert(sources)[0]
 
     def load(self, source: Path | str | Sequence[Path | str], *, dtype: str | None = None, **hints: Any) -> Any:
         """The Flax module filled with a checkpoint's weights, in memory.
@@ -78,7 +88,8 @@ class Component:
         """
         sources = [source] if isinstance(source, str | Path) else list(source)
         cfg, arrays = self.convert(sources, dtype=dtype, **hints)
-        return set_arrays(nnx.eval_shape(lambda: self.build(cfg)), jax.tree.map(jnp.asarray, arrays))
+        filled = {name: jnp.asarray(whole(array)) for name, array in arrays.items()}
+        return set_arrays(nnx.eval_shape(lambda: self.build(cfg)), filled)
 
 
 def sidecar(source: Path) -> dict:

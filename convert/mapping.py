@@ -1,12 +1,14 @@
 """Strict renaming of checkpoint tensors: a table of rules, checked in full before the first byte is copied."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from flax import nnx
 
+from convert.readers import Index
 from rfl_jax.errors import UserError
 
 MOST_NAMED = 12
@@ -14,17 +16,23 @@ MOST_NAMED = 12
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A change of layout from PyTorch's to ours, and back."""
+    """A change of layout from PyTorch's to ours, and back.
+
+    Attributes:
+        forward, inverse: of whole tensors.
+        source_index: which part of the source becomes a part of the result, where there is such a one.
+    """
 
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray]
+    source_index: Callable[[Index], Index] | None = None
 
 
-identity = Transform(lambda x: x, lambda x: x)
+identity = Transform(lambda x: x, lambda x: x, lambda index: index)
 # Linear: [out, in] -> [in, out].
-transpose = Transform(lambda x: _axes(x, 2).T, lambda x: x.T)
+transpose = Transform(lambda x: _axes(x, 2).T, lambda x: x.T, lambda index: index[::-1])
 # Modulation: [1, n, d] -> [n, d].
-squeeze_leading = Transform(lambda x: _axes(x, 3)[0], lambda x: x[None])
+squeeze_leading = Transform(lambda x: _axes(x, 3)[0], lambda x: x[None], lambda index: (slice(None), *index))
 # Norms with trailing unit axes: [c, 1, 1] and [c, 1, 1, 1] -> [c].
 flatten_2d = Transform(lambda x: _axes(x, 3)[:, 0, 0], lambda x: x[:, None, None])
 flatten_3d = Transform(lambda x: _axes(x, 4)[:, 0, 0, 0], lambda x: x[:, None, None, None])
@@ -167,27 +175,123 @@ def _shape_after(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...
         return None
 
 
-def fill(
-    assignments: Iterable[Assignment], target: Shapes, read: Callable[[str], np.ndarray], dtype: np.dtype | None = None
-) -> dict[str, np.ndarray]:
-    """Reads every assigned tensor into its (stacked) place.
+Added = Mapping[int | None, Sequence[Callable[[Index], np.ndarray]]]
+
+
+class LazyArray:
+    """An array of a network that is read when, and as far as, it is asked for.
 
     Args:
-        read: returns the source tensor of a key.
-        dtype: dtype of the result; None keeps the source's.
+        parts: the whole of it, or its layers.
+        shape: with the layers first, if there are any.
+        read: returns a source tensor of a key, or a part of it.
+        dtype: of the result.
+        added: by layer (None: the whole) what is added in float32: functions of the part asked for.
     """
-    arrays: dict[str, np.ndarray] = {}
-    for item in assignments:
-        value = item.transform.forward(read(item.key))
-        if dtype is not None:
-            value = value.astype(dtype)
-        if item.layer is None:
-            arrays[item.target] = np.ascontiguousarray(value)
+
+    def __init__(
+        self,
+        parts: Sequence[Assignment],
+        shape: Sequence[int],
+        read: Callable[[str, Index], np.ndarray],
+        dtype: np.dtype,
+        added: Added | None = None,
+    ) -> None:
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self.stacked = parts[0].layer is not None
+        self._parts = {part.layer: part for part in parts}
+        self._read = read
+        self._added: Added = added or {}
+
+    def plus(self, added: Added) -> "LazyArray":
+        """The same with something added."""
+        return LazyArray(list(self._parts.values()), self.shape, self._read, self.dtype, added)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        """A part by one slice for each axis, contiguous."""
+        if not self.stacked:
+            return self._part(None, index)
+        layers = range(*index[0].indices(self.shape[0]))
+        first = self._part(layers[0], index[1:])
+        out = np.empty((len(layers), *first.shape), self.dtype)
+        out[0] = first
+        for i, layer in enumerate(layers[1:], 1):
+            out[i] = self._part(layer, index[1:])
+        return out
+
+    def pieces(self) -> Iterator[Index]:
+        """Indices of its layers, or of the whole: what is read at once."""
+        rest = tuple(slice(None) for _ in self.shape[1:])
+        if not self.stacked:
+            yield (slice(None), *rest) if self.shape else ()
+            return
+        for layer in range(self.shape[0]):
+            yield (slice(layer, layer + 1), *rest)
+
+    def _part(self, layer: int | None, index: Index) -> np.ndarray:
+        part = self._parts[layer]
+        if part.transform.source_index is not None:
+            value = part.transform.forward(self._read(part.key, part.transform.source_index(index)))
         else:
-            if item.target not in arrays:
-                arrays[item.target] = np.empty(target[item.target], value.dtype)
-            arrays[item.target][item.layer] = value
+            value = part.transform.forward(self._read(part.key, ()))[index]
+        if layer in self._added:
+            value = value.astype(np.float32)
+            for part_of in self._added[layer]:
+                value = value + part_of(index)
+        return _contiguous(value.astype(self.dtype, copy=False))
+
+
+ROWS = 16  # of a transposed matrix copied together: the cache lines they share are used before they are gone
+
+
+def _contiguous(x: np.ndarray) -> np.ndarray:
+    """`np.ascontiguousarray`, four times as fast for large transposed matrices."""
+    if x.ndim != 2 or x.flags.c_contiguous or not x.flags.f_contiguous:
+        return np.ascontiguousarray(x)
+    out = np.empty(x.shape, x.dtype)
+    for i in range(0, x.shape[1], ROWS):
+        out[:, i : i + ROWS] = x[:, i : i + ROWS]
+    return out
+
+
+def lazy_arrays(
+    assignments: Iterable[Assignment],
+    target: Shapes,
+    read: Callable[[str, Index], np.ndarray],
+    dtype_of: Callable[[str], np.dtype],
+) -> dict[str, LazyArray]:
+    """Every assigned tensor in its (stacked) place, unread.
+
+    Args:
+        dtype_of: dtype of the result for a source key; layers that differ become float32.
+    """
+    parts: dict[str, list[Assignment]] = {}
+    for item in assignments:
+        parts.setdefault(item.target, []).append(item)
+    arrays = {}
+    for name, items in parts.items():
+        dtypes = {dtype_of(item.key) for item in items}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        arrays[name] = LazyArray(items, target[name], read, dtype)
     return arrays
+
+
+def whole(array: LazyArray) -> np.ndarray:
+    """All of it, in memory."""
+    return array[tuple(slice(None) for _ in array.shape)]
 
 
 def check_filled(module: nnx.Module, arrays: Mapping[str, np.ndarray], *, what: str) -> None:
@@ -199,7 +303,7 @@ def check_filled(module: nnx.Module, arrays: Mapping[str, np.ndarray], *, what: 
 
 
 def unfill(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `fill`: source keys and layouts of a module's parameters. Missing optional tensors stay missing."""
+    """The inverse of an assignment: source keys and layouts of a module's parameters. Missing optional tensors stay missing."""
     out: dict[str, np.ndarray] = {}
     for rule in rules:
         if rule.target is None or rule.target not in arrays:

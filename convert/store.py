@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +12,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
+from jax.sharding import Sharding
 
 from convert import arcface, dit, scrfd, umt5, vae
+from convert.mapping import LazyArray, whole
+from convert.streaming import streaming_handler
 from rfl_jax.errors import UserError
 from rfl_jax.files import absolute, array_handler
 from rfl_jax.models.umt5 import UMT5Config
@@ -28,11 +33,21 @@ LAYERS = {kind.__name__: kind for kind in (ConvSpec, PoolSpec, BlockSpec)}
 
 
 def convert(
-    kind: str, sources: list[str], *, dtype: str | None = None, **hints: Any
-) -> tuple[Any, dict[str, np.ndarray]]:
-    """Config and arrays of a component's source files."""
+    kind: str, sources: list[str], *, dtype: str | None = None, loras: Sequence[tuple[str, float]] = (), **hints: Any
+) -> tuple[Any, Mapping[str, LazyArray | np.ndarray]]:
+    """Config and arrays of a component's source files.
+
+    Args:
+        kind: one of `KINDS`.
+        sources: the checkpoint's files.
+        dtype: of the arrays; None keeps the source's.
+        loras: for the DiT, files of adapters to merge and their strengths.
+        hints: sizes that weights do not tell.
+    """
+    if loras and kind != "dit":
+        raise UserError(f"--lora: adapters are of the dit, not of {kind}")
     if kind in SAFETENSORS:
-        return SAFETENSORS[kind].convert(sources, dtype=dtype, **hints)
+        return SAFETENSORS[kind].convert(sources, dtype=dtype, loras=loras, **hints)
     if len(sources) != 1 or hints or dtype:
         raise UserError(f"{kind}: expected one ONNX file and no further settings")
     return ONNX[kind].convert(sources[0])
@@ -43,13 +58,33 @@ def build(kind: str, cfg: Any, **options: Any) -> nnx.Module:
     return nnx.eval_shape(lambda: (SAFETENSORS.get(kind) or ONNX[kind]).build(cfg, **options))
 
 
-def save(directory: str, kind: str, cfg: Any, arrays: dict[str, np.ndarray]) -> None:
-    """Writes weights and their description; Orbax renames the finished folder into place."""
-    description = {"component": kind, "config": _to_json(cfg)}
-    with ocp.Checkpointer(_handler()) as checkpointer:
+def save(
+    directory: str,
+    kind: str,
+    cfg: Any,
+    arrays: Mapping[str, LazyArray | np.ndarray],
+    *,
+    origin: Mapping[str, Any] | None = None,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> None:
+    """Writes weights and their description; Orbax renames the finished folder into place.
+
+    Args:
+        directory: to write.
+        kind: one of `KINDS`.
+        cfg: sizes.
+        arrays: lazy ones are read piece by piece as they are written.
+        origin: where the weights come from, for `inspect`.
+        progress: is told of bytes that were written.
+    """
+    description = {"component": kind, "config": _to_json(cfg), "origin": dict(origin or {})}
+    handler = ocp.CompositeCheckpointHandler(
+        weights=streaming_handler(progress), description=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
             absolute(directory),
-            ocp.args.Composite(weights=ocp.args.PyTreeSave(arrays), description=ocp.args.JsonSave(description)),
+            ocp.args.Composite(weights=ocp.args.PyTreeSave(dict(arrays)), description=ocp.args.JsonSave(description)),
         )
 
 
@@ -62,52 +97,128 @@ def is_converted(directory: str) -> bool:
     return path.is_dir() and (path / "description").exists()
 
 
-def restore(directory: str) -> tuple[str, Any, dict[str, Any]]:
-    """Component, config and arrays of converted weights."""
-    path = absolute(directory)
+def read_description(directory: str) -> dict[str, Any]:
+    """Component, config and origin of converted weights.
+
+    Raises:
+        UserError: they are none.
+    """
     try:
         with ocp.Checkpointer(_handler()) as checkpointer:
-            found = checkpointer.restore(
-                path, ocp.args.Composite(weights=ocp.args.PyTreeRestore(), description=ocp.args.JsonRestore())
-            )
-        kind = found.description["component"]
-        return kind, _from_json(kind, found.description["config"]), found.weights
+            items = ocp.args.Composite(description=ocp.args.JsonRestore())
+            content = checkpointer.restore(absolute(directory), items).description
+        return {"kind": content["component"], "origin": {}, **content} | {
+            "cfg": _from_json(content["component"], content["config"])
+        }
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{directory}: expected weights written by python -m convert ({_first_line(error)})") from None
 
 
-def describe(kind: str, sources: list[str]) -> Any:
-    """The config of a component, from the description or the headers of its files."""
-    if len(sources) == 1 and is_converted(sources[0]):
+def restore(directory: str, dtype: str | None = None, places: Mapping[str, Sharding] | None = None) -> dict[str, Any]:
+    """Arrays of converted weights.
+
+    Args:
+        directory: written by `save`.
+        dtype: to cast to; None keeps what is stored.
+        places: of each array, whose pieces alone are read; whole in host memory by default.
+
+    Raises:
+        UserError: not to be read.
+    """
+
+    def wanted(path: tuple, leaf: Any) -> ocp.RestoreArgs:
+        del leaf
+        stored = jnp.dtype(dtype) if dtype else None
+        if places is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=stored)
+        return ocp.ArrayRestoreArgs(sharding=places[path[0].key], dtype=stored)
+
+    try:
         with ocp.Checkpointer(_handler()) as checkpointer:
-            items = ocp.args.Composite(description=ocp.args.JsonRestore())
-            content = checkpointer.restore(absolute(sources[0]), items).description
-        return _from_json(content["component"], content["config"])
+            path = absolute(directory)
+            found = checkpointer.metadata(path).item_metadata["weights"].tree
+            items = ocp.args.PyTreeRestore(found, restore_args=jax.tree_util.tree_map_with_path(wanted, found))
+            return checkpointer.restore(path, ocp.args.Composite(weights=items)).weights
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{directory}: expected weights written by python -m convert ({_first_line(error)})") from None
+
+
+def stored_arrays(directory: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every array of converted weights; nothing else is read."""
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        tree = checkpointer.metadata(absolute(directory)).item_metadata["weights"].tree
+    return {name: (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for name, leaf in tree.items()}
+
+
+def describe(kind: str, sources: list[str]) -> Any:
+    """The config of a component, from the description or the headers of its files.
+
+    Raises:
+        UserError: converted weights of another component.
+    """
+    if len(sources) == 1 and is_converted(sources[0]):
+        content = read_description(sources[0])
+        if content["kind"] != kind:
+            raise UserError(f"{sources[0]}: holds {content['kind']} weights, expected {kind}")
+        return content["cfg"]
     return SAFETENSORS[kind].describe(sources) if kind in SAFETENSORS else ONNX[kind].convert(sources[0])[0]
 
 
-def open_component(kind: str, sources: list[str], *, weights_dtype: str | None = None, **options: Any) -> Any:
+Places = Callable[[nnx.State], Any]
+
+
+def open_component(
+    kind: str, sources: list[str], *, weights_dtype: str | None = None, places: Places | None = None, **options: Any
+) -> Any:
     """A filled module, from converted weights or straight from a checkpoint.
 
     Args:
         kind: one of `KINDS`.
         sources: a folder of converted weights, or the checkpoint's files.
         weights_dtype: dtype of the stored weights; None keeps the source's.
+        places: shardings in the structure of the module's (abstract) state; each process then reads the pieces of its
+            own devices only. The first device by default.
         options: of the module's constructor (compute dtype, remat policy).
+
+    Raises:
+        UserError: weights that cannot be read, or of another component.
     """
-    if len(sources) == 1 and is_converted(sources[0]):
-        found, cfg, arrays = restore(sources[0])
-        if found != kind:
-            raise UserError(f"{sources[0]}: holds {found} weights, expected {kind}")
+    converted = len(sources) == 1 and is_converted(sources[0])
+    lazy: Mapping[str, Any] = {}
+    if converted:
+        cfg = describe(kind, sources)
     else:
-        cfg, arrays = convert(kind, sources)
-    cast = {name: jnp.asarray(x, weights_dtype) for name, x in arrays.items()}
-    return set_arrays(build(kind, cfg, **options), cast)
+        cfg, lazy = convert(kind, sources, dtype=weights_dtype if kind in SAFETENSORS else None)
+    module = build(kind, cfg, **options)
+    shardings = None
+    if places is not None:
+        found = nnx.to_flat_state(places(nnx.state(module, nnx.Param)))
+        shardings = {".".join(map(str, path)): leaf.get_value() for path, leaf in found}
+    if converted:
+        arrays = restore(sources[0], weights_dtype, shardings)
+        if shardings is None:
+            arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
+    elif shardings is None:
+        arrays = {name: jnp.asarray(_whole(x), weights_dtype) for name, x in lazy.items()}
+    else:
+        arrays = {name: _placed(x, shardings[name], weights_dtype) for name, x in lazy.items()}
+    return set_arrays(module, arrays)
 
 
-def count(arrays: dict[str, np.ndarray]) -> int:
+def _whole(x: LazyArray | np.ndarray) -> np.ndarray:
+    return whole(x) if isinstance(x, LazyArray) else x
+
+
+def _placed(x: LazyArray | np.ndarray, place: Sharding, dtype: str | None) -> jax.Array:
+    stored = jnp.dtype(dtype or x.dtype)
+    return jax.make_array_from_callback(
+        x.shape, place, lambda index: np.asarray(x[index or ()]).astype(stored, copy=False)
+    )
+
+
+def count(arrays: Mapping[str, Any]) -> int:
     """Parameters in all."""
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(arrays))
+    return sum(math.prod(x.shape) for x in arrays.values())
 
 
 def _to_json(cfg: Any) -> dict:

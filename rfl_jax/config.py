@@ -116,7 +116,12 @@ class EvalSection:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings of a run. The first block is the original's; defaults are its defaults."""
+    """All settings of a run. The first block is the original's; defaults are its defaults.
+
+    Attributes:
+        init_lora: adapters to begin with, in any naming that `convert.lora` reads; where several networks have
+            adapters, NETWORK=FILE[,NETWORK=FILE]. The KL and the evaluation's "base" remain the network without.
+    """
 
     learning_rate: float = 2.5e-6
     lr_scheduler_type: str = "constant"
@@ -151,6 +156,7 @@ class Config:
     file_name: str = "metadata.csv"
 
     preset: str = "wan2_2_i2v_a14b"
+    init_lora: str = ""
     max_steps: int = -1
     sample_every: int = 25
     dtype: str = "bfloat16"
@@ -191,6 +197,14 @@ class Config:
     @property
     def lora_targets(self) -> tuple[str, ...]:
         return _names(self.lora_target_modules)
+
+    @property
+    def init_loras(self) -> dict[str, str]:
+        """Files of adapters to begin with, by network."""
+        if not self.init_lora or len(self.adapted) == 1:
+            return {self.adapted[0]: self.init_lora} if self.init_lora else {}
+        pairs = (item.partition("=") for item in _names(self.init_lora))
+        return {network: file for network, _, file in pairs}
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -286,6 +300,12 @@ def _check(cfg: Config) -> None:
     need(cfg.vae_caches in remat.VAE_CACHES, "vae_caches", f"one of {', '.join(remat.VAE_CACHES)}")
     need(cfg.vae_caches == "keep" or cfg.policy != "none", "vae_caches", "keep, as nothing is rematerialised")
     need(cfg.attention in ATTENTIONS, "attention", f"one of {', '.join(ATTENTIONS)}")
+    need(not cfg.init_lora or bool(cfg.adapted), "init_lora", "empty, as lora_base_model is")
+    need(
+        not cfg.init_lora or len(cfg.adapted) == 1 or set(cfg.init_loras) <= set(cfg.adapted),
+        "init_lora",
+        "NETWORK=FILE[,NETWORK=FILE], as several networks have adapters",
+    )
     need(bool(cfg.trained), "trainable_models", f"at least one of {', '.join(TRAINABLE)}")
     need(set(_names(cfg.trainable_models)) <= set(TRAINABLE), "trainable_models", f"some of {', '.join(TRAINABLE)}")
     need(set(cfg.adapted) <= {"dit", "dit2"}, "lora_base_model", "some of dit, dit2, or empty")

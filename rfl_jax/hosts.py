@@ -65,7 +65,11 @@ def any_host(flag: bool) -> bool:
 
 
 def place(x: Any, sharding: NamedSharding) -> jax.Array:
-    """An array that every host holds whole, as one array on the mesh: each host hands over its own pieces."""
+    """An array on the mesh: one that every host holds whole, of which each hands over its own pieces, or one that lies
+    on a mesh already.
+    """
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return x if x.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(x)
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
     host = np.asarray(x)

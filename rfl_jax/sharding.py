@@ -103,13 +103,14 @@ def shardings(state: nnx.State, network: str, mesh: Mesh, *, blocks_memory: str 
     """NamedShardings in the structure of a network's state.
 
     Args:
-        blocks_memory: memory kind of the stacked blocks; None: the device's own.
+        blocks_memory: memory kind of the stacked blocks' kernels; None: the device's own. Vectors stay there: they are
+            small, and TPUs do not cut single rows of 16-bit numbers out of host memory.
     """
     rules = RULES[network]
 
     def place(path: tuple, leaf: jax.Array) -> NamedSharding:
         name = ".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path).removesuffix(".value")
-        memory = blocks_memory if name.startswith("blocks.") else None
+        memory = blocks_memory if name.startswith("blocks.") and name.endswith(".kernel") else None
         return NamedSharding(mesh, spec_of(name, leaf.shape, rules, mesh), memory_kind=memory)
 
     return jax.tree_util.tree_map_with_path(place, state)

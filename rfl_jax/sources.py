@@ -2,15 +2,19 @@
 
 import dataclasses
 import fnmatch
+import hashlib
 import json
-from pathlib import Path
+import os
+from pathlib import Path, PurePosixPath
 
 from etils import epath
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from tqdm import tqdm
 
+from convert.readers import PICKLES
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
+from rfl_jax.files import is_remote
 
 ORDER = ("high_noise_model", "low_noise_model", "text encoder", "vae")
 TOKENIZER_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -45,9 +49,9 @@ def find_sources(cfg: Config, *, experts: int) -> Sources:
     """
     names = ORDER if experts == 2 else ("model", *ORDER[2:])
     if cfg.model_paths:
-        entries = _paths(cfg.model_paths)
+        entries = [[file for source in entry for file in fetch(source)] for entry in _paths(cfg.model_paths)]
     elif cfg.model_id_with_origin_paths:
-        entries = [_fetch(item.strip()) for item in cfg.model_id_with_origin_paths.split(",")]
+        entries = [fetch(f"hub:{item.strip()}") for item in cfg.model_id_with_origin_paths.split(",")]
     else:
         raise UserError("config.model_paths: empty, expected a JSON list of " + ", ".join(names))
     if len(entries) != len(names):
@@ -56,7 +60,7 @@ def find_sources(cfg: Config, *, experts: int) -> Sources:
         for file in entry:
             if not epath.Path(file).exists():
                 raise UserError(f"config.model_paths: {file}: no such file or folder, expected the {name}")
-    tokenizer = cfg.tokenizer_path or _fetch(f"{TOKENIZER_REPOSITORY}:{TOKENIZER_FILE}")[0]
+    tokenizer = cfg.tokenizer_path or fetch(f"hub:{TOKENIZER_REPOSITORY}:{TOKENIZER_FILE}")[0]
     first, *middle = entries[: len(entries) - 2]
     return Sources(first, middle[0] if middle else [], entries[-2], entries[-1], tokenizer, cfg.reward_model_path)
 
@@ -86,15 +90,78 @@ def _paths(text: str) -> list[list[str]]:
     return out
 
 
-def _fetch(item: str) -> list[str]:
+def fetch(source: str) -> list[str]:
+    """Local files of a source: the source itself; `hub:org/name[:pattern]` and safetensors in buckets are fetched once
+    into the user's cache, where a broken download goes on.
+
+    Args:
+        source: path, `gs://` path, or hub reference. A pattern is of file names with folders; without one all weights
+            at the top of the repository are meant. HF_ENDPOINT names another hub.
+
+    Raises:
+        UserError: it names nothing, or cannot be fetched.
+    """
+    if source.startswith("hub:"):
+        return _from_hub(source.removeprefix("hub:"))
+    if is_remote(epath.Path(source)) and source.endswith((".safetensors", ".index.json", *PICKLES)):
+        return _from_bucket(epath.Path(source))
+    return [source]
+
+
+def _from_hub(item: str) -> list[str]:
     repository, _, pattern = item.partition(":")
-    if not pattern or repository.count("/") != 1:
-        raise UserError(f"config.model_id_with_origin_paths: {item}: expected org/name:pattern")
+    if repository.count("/") != 1:
+        raise UserError(f"{item}: expected org/name:pattern")
     try:
-        files = [f for f in HfApi().list_repo_files(repository) if fnmatch.fnmatch(f, pattern)]
+        listed = HfApi().list_repo_files(repository)
+        files = [f for f in listed if fnmatch.fnmatch(f, pattern)] if pattern else [f for f in listed if _is_weight(f)]
         if not files:
-            raise UserError(f"{repository}: no file matches {pattern}")
-        return [hf_hub_download(repository, f) for f in sorted(files)]
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise UserError(f"{repository}: no file matches {pattern or '*.safetensors'}")
+        # What a network's sizes are read from lies beside its weights.
+        beside = {str(PurePosixPath(f).with_name("config.json")) for f in files} & set(listed)
+        for f in sorted(beside - set(files)):
+            hf_hub_download(repository, f)
+        found = [hf_hub_download(repository, f) for f in sorted(files)]
+    except UserError:
+        raise
+    except Exception as error:  # the hub's library raises its own errors, its transport's and the system's
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{item}: cannot be fetched from the hub ({line})") from None
+    indexes = [f for f in found if f.endswith(".safetensors.index.json")]
+    return indexes if len(indexes) == 1 else [f for f in found if not f.endswith("config.json")]
+
+
+def _is_weight(name: str) -> bool:
+    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _from_bucket(source: epath.Path) -> list[str]:
+    """A copy in the user's cache; with an index its shards as well."""
+    folder = Path(os.environ.get("RFL_JAX_CACHE", Path.home() / ".cache" / "rfl_jax")) / "buckets"
+    base = folder / hashlib.sha256(str(source.parent).encode()).hexdigest()[:16]
+    try:
+        files = [source]
+        if source.name.endswith(".index.json"):
+            names = set(json.loads(source.read_text())["weight_map"].values())
+            files += [source.parent / PurePosixPath(name).name for name in sorted(names)]
+        config = source.parent / "config.json"
+        for file in [*files, *([config] if config.exists() else [])]:
+            _copy(file, base / file.name)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source}: cannot be fetched ({line})") from None
+    return [str(base / source.name)]
+
+
+def _copy(file: epath.Path, target: Path) -> None:
+    size = file.stat().length
+    if target.exists() and target.stat().st_size == size:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.tmp")
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=file.name, disable=None)
+    with bar, file.open("rb") as source, aside.open("wb") as copy:
+        while block := source.read(1 << 24):
+            copy.write(block)
+            bar.update(len(block))
+    aside.replace(target)

@@ -21,7 +21,7 @@ LATENTS = (2, 2, 64, 96)  # samples, frames, rows, columns: 3072 tokens a sample
 
 
 def compiled(mesh):
-    """The gradient of the adapters of two layers of full width."""
+    """The gradient of the adapters of two layers of full width through two denoising steps."""
 
     def build():
         return add_lora(
@@ -38,7 +38,11 @@ def compiled(mesh):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, BATCH))
 
     def loss(adapters, weights, x, t, context):
-        return jnp.sum(nnx.merge(graph, adapters, weights)(x, t, context) ** 2)
+        def step(x, _):
+            v = nnx.merge(graph, adapters, weights)(x, t, context)
+            return x.at[..., : WIDE.out_dim].add(v), None
+
+        return jnp.sum(jax.lax.scan(step, x, length=2)[0] ** 2)
 
     args = (
         placed(adapters, jnp.float32),
@@ -49,6 +53,16 @@ def compiled(mesh):
     )
     with jax.set_mesh(mesh):
         return jax.jit(jax.grad(loss), out_shardings=shardings(adapters, "dit", mesh)).lower(*args).compile()
+
+
+def test_weights_of_all_layers_are_never_whole_on_a_device():
+    text = compiled(devices.make_mesh(1, 2, 4)).as_text()
+    pieces = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w\[(2,\d+,\d+)\]", text)}
+    kernels = {tuple(sorted(shape[1:])) for shape in pieces}
+    d, ffn = WIDE.dim, WIDE.ffn_dim
+    assert kernels & {(d // 8, d), (d // 8, ffn)}
+    # Neither gathered at once, nor taken layer by layer out of the loop over denoising steps.
+    assert not kernels & {(d, d), (d, ffn)}
 
 
 def test_neither_activations_nor_weight_stacks_are_gathered_whole():

@@ -3,9 +3,8 @@
 import jax
 import numpy as np
 from etils import epath
-from safetensors.numpy import save
 
-from convert import lora
+from convert.export import adapter_file
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
 from rfl_jax.models.weights import flat_arrays
@@ -15,7 +14,7 @@ from rfl_jax.training.state import TrainState
 
 
 def export_adapters(run: Setup, state: TrainState, workdir: epath.Path) -> list[epath.Path]:
-    """Writes `<network>_lora.safetensors` for each adapted network, in peft's naming of the original layers."""
+    """Writes `<network>_lora.safetensors` for each adapted network, by the original's names of layers."""
     files = []
     for name in run.networks.adapted:
         whole = replicated(run.mesh)
@@ -30,5 +29,5 @@ def export_adapters(run: Setup, state: TrainState, workdir: epath.Path) -> list[
         file = workdir / f"{name}_lora.safetensors"
         files.append(file)
         if is_writer():
-            write_whole(file, save(lora.names(arrays), metadata))
+            write_whole(file, adapter_file(arrays, "original", metadata))
     return files

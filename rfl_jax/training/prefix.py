@@ -24,6 +24,7 @@ from rfl_jax.config import Config
 from rfl_jax.data.prepare import Prepared, Sample, fingerprint, write_arrays
 from rfl_jax.models.attention import kernel_for
 from rfl_jax.models.quantize import quantize
+from rfl_jax.models.wan.dit import DiT
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.sharding import batch_shards, micro_batches, replicated, shardings
 from rfl_jax.sources import Sources
@@ -64,6 +65,32 @@ def prefix_arguments(sampler: Sampler, frozen: Frozen, batch: Mapping[str, T]) -
     rest = {name: frozen.rest[name] for name in sorted({phase.expert for phase in sampler.phases})}
     names = ("sample", "noise_index", "y", "context", "negative_context")
     return Frozen(rest, {}), {name: batch[name] for name in names if name in batch}
+
+
+def open_dit(cfg: Config, name: str, files: list[str], mesh: Mesh, *, stored: str | None) -> DiT:
+    """A DiT with its weights on the mesh, as 8-bit integers where the run asks for that; each process reads the pieces
+    of its own devices.
+
+    Args:
+        cfg: the run.
+        name: "dit" or "dit2".
+        files: its weights.
+        mesh: devices.
+        stored: dtype of the weights; None keeps the source's.
+    """
+    # What waits in host memory is quantised on the devices first.
+    memory = "pinned_host" if cfg.streams(name) and not cfg.quantizes(name) else None
+    module = store.open_component(
+        "dit",
+        files,
+        weights_dtype=stored,
+        places=lambda state: shardings(state, "dit", mesh, blocks_memory=memory),
+        dtype=jnp.dtype(cfg.dtype),
+        remat_policy=cfg.policy,
+        kernel=kernel_for(cfg.attention, mesh.devices.flat[0].platform),
+        stream=cfg.streams(name),
+    )
+    return quantize(module) if cfg.quantizes(name) else module
 
 
 def roll_out_prefix(
@@ -124,20 +151,11 @@ def roll_out_prefix(
     if not missing:
         return found
 
-    kernel = kernel_for(cfg.attention, mesh.devices.flat[0].platform)
     graphs, weights = {}, {}
     for name, paths in files.items():
-        module = store.open_component(
-            "dit",
-            paths,
-            weights_dtype=cfg.dtype,
-            dtype=jnp.dtype(cfg.dtype),
-            remat_policy=cfg.policy,
-            kernel=kernel,
-            stream=cfg.streams(name),
-        )
-        graphs[name], state = nnx.split(quantize(module) if cfg.quantizes(name) else module)
         memory = "pinned_host" if cfg.streams(name) else None
+        module = open_dit(cfg, name, paths, mesh, stored=cfg.dtype)
+        graphs[name], state = nnx.split(module)
         weights[name] = jax.tree.map(hosts.place, state, shardings(state, "dit", mesh, blocks_memory=memory))
     run = jit_prefix(Networks(graphs, graphs, ()), sampler, mesh, mode=mode)
     everywhere = jax.jit(lambda x: x, out_shardings=replicated(mesh))

@@ -8,23 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from convert import store
+from convert import lora, store
+from convert.dit import NAMINGS
+from convert.mapping import flat_shapes
 from rfl_jax import hosts
 from rfl_jax.config import Config
 from rfl_jax.data.dataset import check_shapes, make_iterator
 from rfl_jax.data.metadata import read_metadata
 from rfl_jax.data.prepare import Encoders, Prepared, negative_context, open_reward, open_text_encoder, prepare
 from rfl_jax.errors import UserError
-from rfl_jax.models.attention import kernel_for
-from rfl_jax.models.quantize import quantize
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.sharding import BATCH, batch_shards, check_rules, make_mesh, micro_batches, replicated, shardings
 from rfl_jax.sources import Sources, find_sources
 from rfl_jax.training.optim import learning_rate, optimizer
-from rfl_jax.training.prefix import jit_prefix, noises_of, prefix_arguments, roll_out_prefix
+from rfl_jax.training.prefix import jit_prefix, noises_of, open_dit, prefix_arguments, roll_out_prefix
 from rfl_jax.training.state import Frozen, Networks, States, TrainState, create_state, split_networks
 from rfl_jax.training.step import Sampler, caches_prefix, make_sampler, make_step, split_prefix
 
@@ -124,7 +125,7 @@ class Setup:
 
 
 def load_networks(
-    cfg: Config, sources: Sources, experts: Collection[str], platform: str
+    cfg: Config, sources: Sources, experts: Collection[str], mesh: Mesh
 ) -> tuple[Networks, States, Frozen]:
     """All networks of an update, trainable and frozen weights apart. A DiT that is none of the experts stays where it is.
 
@@ -133,7 +134,6 @@ def load_networks(
     """
     preset = DIT_PRESETS[cfg.preset]
     dtype = jnp.dtype(cfg.dtype)
-    kernel = kernel_for(cfg.attention, platform)
     dits: dict[str, DiT] = {}
     missing = [name for name in cfg.trained if name == "dit2" and not sources.dit2]
     if missing:
@@ -143,25 +143,14 @@ def load_networks(
             continue
         # Masters of what trains in full come from the source's own precision.
         full = name in cfg.trained and name not in cfg.adapted
-        stored = None if full else cfg.dtype
-        dits[name] = store.open_component(
-            "dit",
-            files,
-            weights_dtype=stored,
-            dtype=dtype,
-            remat_policy=cfg.policy,
-            kernel=kernel,
-            stream=cfg.streams(name),
-        )
-        if cfg.quantizes(name):
-            quantize(dits[name])
-        found = dits[name].cfg
+        found = store.describe("dit", files)
         for field in dataclasses.fields(DiTConfig):
             if field.name != "boundary" and getattr(found, field.name) != getattr(preset, field.name):
                 raise UserError(
                     f"{files[0]}: {field.name} is {getattr(found, field.name)}, expected "
                     f"{getattr(preset, field.name)} (config.preset={cfg.preset})"
                 )
+        dits[name] = open_dit(cfg, name, files, mesh, stored=None if full else cfg.dtype)
     vae_dtype = "float32" if "vae" in cfg.trained else cfg.dtype
     return split_networks(
         cfg,
@@ -172,6 +161,28 @@ def load_networks(
         reward=open_reward(cfg, sources.reward),
         text_encoder=open_text_encoder(cfg, sources) if "text_encoder" in cfg.trained else None,
     )
+
+
+def start_from(cfg: Config, params: States) -> States:
+    """The adapters of `init_lora` in place of fresh ones. Layers that the file does not adapt begin anew.
+
+    Raises:
+        UserError: the file is not of this network, adapts other layers than `lora_target_modules`, or has another rank.
+    """
+    params = dict(params)
+    for name, file in cfg.init_loras.items():
+        shapes = flat_shapes(store.build("dit", DIT_PRESETS[cfg.preset]))
+        found = lora.Lora(file, NAMINGS, shapes)
+        arrays = lora.adapters(found, cfg.lora_targets, DIT_PRESETS[cfg.preset].num_layers)
+        if found.ranks != {cfg.lora_rank}:
+            raise UserError(f"config.lora_rank: {cfg.lora_rank}, but {file} has rank {found.ranks.pop()}")
+        flat = dict(nnx.to_flat_state(params[name]))
+        for path, leaf in flat.items():
+            key = ".".join(map(str, path))
+            if key in arrays:
+                flat[path] = leaf.replace(jnp.asarray(arrays[key]))
+        params[name] = nnx.from_flat_state(flat)
+    return params
 
 
 def frozen_places(states: States, cfg: Config, mesh: Mesh) -> dict[str, Any]:
@@ -305,7 +316,8 @@ def set_up(cfg: Config, workdir: epath.Path) -> Setup:
     ready = prepare_run(cfg, workdir)
     mesh, prefix, sampler = ready.mesh, ready.prefix, ready.sampler
     experts = {phase.expert for phase in prefix.phases + sampler.phases}
-    networks, params, frozen = load_networks(cfg, ready.sources, experts, mesh.devices.flat[0].platform)
+    networks, params, frozen = load_networks(cfg, ready.sources, experts, mesh)
+    params = start_from(cfg, params)
     updates_per_step = cfg.train_batch_size // ready.samples
     tx = optimizer(cfg, ready.steps * updates_per_step)
     schedule = learning_rate(cfg, ready.steps * updates_per_step)

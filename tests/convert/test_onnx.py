@@ -1,6 +1,7 @@
 """Face networks from ONNX: every variation of the family agrees with ONNX Runtime; other graphs are refused."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -9,9 +10,9 @@ import onnxruntime
 import pytest
 from flax import nnx
 
-from convert import arcface, scrfd
+from convert import arcface, scrfd, store
 from convert.onnx_export import export_iresnet, export_scrfd
-from convert.verify import errors
+from convert.verify import compare
 from rfl_jax.errors import UserError
 from rfl_jax.models.weights import get_arrays, set_arrays
 from rfl_jax.rewards.arcface import IResNet, IResNetConfig
@@ -25,6 +26,11 @@ DETECTORS = {
     "group norm in the heads": resnet((4, 4, 8), (8, 8, 12, 16), (1, 1, 1, 1), 8, (ConvSpec(12, norm_groups=4),)),
     "10g": family("10g"),
 }
+
+
+def errors(kind, files, directory):
+    """What `--verify` prints of each output."""
+    return [float(re.search(r"Runtime (\S+) of", line)[1]) for line in compare(kind, files, directory)]
 
 
 def randomised(model, seed):
@@ -101,6 +107,8 @@ def test_verification_compares_with_onnx_runtime(tmp_path):
     file = tmp_path / "det.onnx"
     export_scrfd(randomised(SCRFD(DETECTORS["resnet"], rngs=nnx.Rngs(1)), 2), file, input_size=64)
     cfg, arrays = scrfd.convert(file)
-    assert max(errors("scrfd", str(file), cfg, arrays).values()) < 1e-4
+    store.save(str(tmp_path / "right"), "scrfd", cfg, arrays)
+    assert max(errors("scrfd", [str(file)], str(tmp_path / "right"))) < 1e-4
     arrays["lateral.0.bias"] = arrays["lateral.0.bias"] + 1
-    assert max(errors("scrfd", str(file), cfg, arrays).values()) > 1e-3
+    store.save(str(tmp_path / "wrong"), "scrfd", cfg, arrays)
+    assert max(errors("scrfd", [str(file)], str(tmp_path / "wrong"))) > 1e-3

@@ -116,6 +116,21 @@ def test_every_feature_compiles_for_tpu():
     assert report["executed_flops"] > report["model_flops"] > 0
 
 
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (pip install libtpu)")
+def test_weights_and_moments_in_host_memory_compile_for_tpu():
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.context=2"]
+    found = plan(
+        *MINI, *mesh, "--config.per_device_train_batch_size=2", "--config.dtype=bfloat16", "--config.remat_policy=full",
+        "--config.frozen_memory=pinned_host", "--config.optimizer_memory=pinned_host", "--topology=v5p-8", "--json",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout)
+    # Kernels of 6 layers, 128 wide, in 2 bytes a weight, and two moments of their adapters in 4, over 4 devices.
+    kernels = 6 * (8 * 128 * 128 + 2 * 128 * 384) * 2 / 4
+    assert report["host"] >= kernels
+    assert report["optimizer"] < 100
+
+
 def test_bad_topologies_are_refused_in_one_line():
     for name in ("", "v9z-3"):
         found = plan(*MINI, f"--topology={name}")

@@ -9,7 +9,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from convert import dit, lora
-from convert.mapping import fill, plan
+from convert.mapping import flat_shapes
 from rfl_jax.models.lora import add_lora, set_lora
 from rfl_jax.sampling.rollout import Expert, rollout
 from rfl_jax.sampling.schedule import plan_phases, sigmas
@@ -43,7 +43,9 @@ def test_latents_kl_and_adapter_gradients():
     hints = {"num_heads": config["model"]["num_heads"], "text_len": config["model"]["text_len"]}
     high = dit.load(folder / "weights_dit.safetensors", **hints)
     low = dit.load(folder / "weights_dit2.safetensors", **hints)
-    adapters = lora.read(folder / "weights_lora.safetensors", low)
+    shapes = flat_shapes(low)
+    file = lora.Lora(folder / "weights_lora.safetensors", dit.NAMINGS, shapes)
+    adapters = lora.adapters(file, config["lora"]["targets"], low.cfg.num_layers)
     base_graph, base = nnx.split(low)
     tuned = add_lora(
         nnx.merge(base_graph, base),
@@ -87,14 +89,13 @@ def test_latents_kl_and_adapter_gradients():
     assert abs(kl - io["out.kl"][0]) / io["out.kl"][0] < 1e-3
     assert abs(inner - io["out.inner_product"][0]) < 1e-4 * abs(io["out.inner_product"][0]) + 1e-4
 
-    shapes = {k: v.shape for k, v in load_file(folder / "weights_lora.safetensors").items()}
-    target = {".".join(map(str, k)): v.shape for k, v in nnx.to_flat_state(trainable)}
-    assignments = plan(lora.RULES, shapes, target, what="adapters")
+    keys = load_file(folder / "weights_lora.safetensors").keys()
     for term, weight in (("inner_product", (1, 0)), ("kl", (0, 1)), ("total", (1, 1))):
         got = {
             ".".join(map(str, k)): v[...]
             for k, v in nnx.to_flat_state(grad(trainable, jnp.array(weight, jnp.float32))[0])
         }
-        want = fill(assignments, target, lambda key, term=term: io[f"grad.{term}.{key}"])
-        for name in want:
-            assert relative(got[name], want[name]) < 1e-3, (term, name)
+        named = lora.named(got, dit.NAMINGS["original"], "{module}.lora_{half}.weight")
+        assert named.keys() == keys
+        for key, value in named.items():
+            assert relative(value, io[f"grad.{term}.{key}"]) < 1e-3, (term, key)

@@ -180,6 +180,10 @@ class DiT(nnx.Module):
         graph, layers = nnx.split(self.blocks)
 
         def layer(tokens: Array, weights: nnx.State) -> tuple[Array, None]:
+            if self.remat_policy != "none":
+                # Tied to the tokens. What depends on weights alone would be taken out of the loop over denoising steps,
+                # for all layers at once: every gathered or fetched weight, in the memory of every device.
+                tokens, weights = jax.lax.optimization_barrier((tokens, weights))
             if self.stream:
                 weights = jax.device_put(weights, jax.memory.Space.Device)
             return pin(nnx.merge(graph, gather(weights))(tokens, modulation, text, (cos, sin), length), "context"), None

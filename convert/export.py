@@ -1,0 +1,324 @@
+"""Trained weights for other tools: adapters in their namings, or whole networks with the adapters merged."""
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from safetensors.numpy import save
+
+from convert import dit, lora, store
+from convert.mapping import Assignment, LazyArray, Rule, identity
+from convert.readers import DTYPES, Index
+from rfl_jax.errors import UserError
+from rfl_jax.files import absolute, array_handler, is_remote, write_whole
+
+# Key table of the layers' names, and how adapters are called.
+LORA_FORMATS = {
+    "original": ("original", "{module}.lora_{half}.weight"),
+    "diffusers": ("diffusers", "transformer.{module}.lora_{half}.weight"),
+    "peft": ("diffusers", "base_model.model.{module}.lora_{half}.weight"),
+    "comfyui": ("original", "diffusion_model.{module}.lora_{half}.weight"),
+}
+SHARD_BYTES = 5_000_000_000
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def adapter_file(arrays: Mapping[str, np.ndarray], kind: str, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file of adapters.
+
+    Args:
+        arrays: by our paths, scale 1.
+        kind: of `LORA_FORMATS`.
+        metadata: of its header.
+    """
+    naming, pattern = LORA_FORMATS[kind]
+    tensors = lora.named(arrays, dit.NAMINGS[naming], pattern)
+    if kind == "comfyui":
+        tensors = {
+            key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): value for key, value in tensors.items()
+        }
+        for key in [key for key in tensors if key.endswith(".lora_down.weight")]:
+            alpha = np.array(tensors[key].shape[0], np.float32)
+            tensors[key.removesuffix("lora_down.weight") + "alpha"] = alpha
+    return save(dict(sorted(tensors.items())), dict(metadata))
+
+
+def adapter_config(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """PEFT's adapter_config.json of the adapters in diffusers' naming."""
+    names = lora.named(arrays, dit.NAMINGS["diffusers"], "{module}|{half}")
+    modules = sorted({name.split("|")[0] for name in names})
+    rank = next(a.shape[-1] for name, a in arrays.items() if name.endswith("lora_a"))
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": modules,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run trained of one network.
+
+    Attributes:
+        network: "dit" or "dit2".
+        arrays: adapters, or all weights.
+        adapted: which of the two.
+        metadata: base model, rank, alpha, step, hash of the configuration, score.
+        config: of the run.
+    """
+
+    network: str
+    arrays: dict[str, np.ndarray]
+    adapted: bool
+    metadata: dict[str, str]
+    config: dict[str, Any]
+
+
+def read_run(workdir: epath.Path, step: int | None = None, network: str = "") -> Trained:
+    """The trained weights of a run's checkpoint.
+
+    Args:
+        workdir: of the run.
+        step: of the checkpoint; the last by default.
+        network: "dit" or "dit2"; needed where both train.
+
+    Raises:
+        UserError: no such run, checkpoint or network.
+    """
+    file = workdir / "config.json"
+    if not file.exists():
+        raise UserError(f"--workdir: {workdir}: expected the folder of a run, with its config.json")
+    text = file.read_text()
+    config = json.loads(text)
+    folder = absolute(workdir / "checkpoints")
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"{workdir}/checkpoints: holds no checkpoint")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UserError(f"--step: {workdir} has no checkpoint {step}, expected one of {', '.join(map(str, steps))}")
+    with ocp.Checkpointer(array_handler()) as checkpointer:
+        tree = checkpointer.metadata(folder / str(step) / "state").item_metadata.tree
+        networks = sorted(set(tree["params"]) & {"dit", "dit2"})
+        if not networks or (network and network not in networks):
+            raise UserError(f"--network: {network or 'dit'}: the run trained {', '.join(tree['params'])}")
+        if not network and len(networks) > 1:
+            raise UserError(f"--network: the run trained {' and '.join(networks)}, expected one of them")
+        network = network or networks[0]
+        # Of the rest nothing is read.
+        wanted = {"params": {network: tree["params"][network]}}
+        restored = checkpointer.restore(
+            folder / str(step) / "state",
+            ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=_as_numpy(wanted),
+                partial_restore=True,
+            ),
+        )
+    arrays = {name.removesuffix(".value"): array for name, array in _flat(restored["params"][network])}
+    adapted = all(name.endswith(("lora_a", "lora_b")) for name in arrays)
+    metadata = {
+        "base_model": config["preset"],
+        "network": network,
+        "step": str(step),
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    if adapted:
+        metadata |= {"rank": str(config["lora_rank"]), "alpha": str(config["lora_rank"])}
+    score = _score(workdir, step)
+    if score is not None:
+        metadata["face_score"] = f"{score:.6f}"
+    return Trained(network, arrays, adapted, metadata, config)
+
+
+def _as_numpy(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _as_numpy(value) for key, value in tree.items()}
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def _score(workdir: epath.Path, step: int) -> float | None:
+    """The reward of a step, from metrics.jsonl."""
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line["face_score"] for line in map(json.loads, lines) if line["step"] == step), None)
+
+
+def whole_network(trained: Trained, files: list[str]) -> tuple[Any, dict[str, LazyArray]]:
+    """Config and arrays of the network with what was trained in it, read as they are written.
+
+    Args:
+        trained: of a run.
+        files: the network's weights before training.
+    """
+    converted = len(files) == 1 and store.is_converted(files[0])
+    if converted:
+        cfg, arrays = store.describe("dit", files), lazy_converted(files[0])
+    else:
+        cfg, arrays = dit.COMPONENT.convert(files)
+    if not trained.adapted:
+        return cfg, {name: _replaced(array, trained.arrays[name]) for name, array in arrays.items()}
+    added: dict[str, dict[int | None, list[Callable[[Index], np.ndarray]]]] = {}
+    for name in (n for n in trained.arrays if n.endswith("lora_a")):
+        a, b = trained.arrays[name], trained.arrays[name[:-1] + "b"]
+        for layer in range(a.shape[0]):
+
+            def part(index: Index, a: np.ndarray = a[layer], b: np.ndarray = b[layer]) -> np.ndarray:
+                return a[index[0]] @ b[:, index[1]]
+
+            added.setdefault(name.removesuffix("lora_a") + "kernel", {})[layer] = [part]
+    return cfg, {name: array.plus(added[name]) if name in added else array for name, array in arrays.items()}
+
+
+def _replaced(array: LazyArray, values: np.ndarray) -> LazyArray:
+    return _of_layers(values.shape, array.dtype, lambda layer, index: values[layer][index], stacked=array.stacked)
+
+
+def _of_layers(
+    shape: Sequence[int], dtype: np.dtype, read: Callable[[Any, Index], np.ndarray], *, stacked: bool
+) -> LazyArray:
+    layers: list[int | None] = list(range(shape[0])) if stacked else [None]
+    parts = [Assignment(str(layer), "", layer, identity) for layer in layers]
+    return LazyArray(parts, shape, lambda key, index: read(... if key == "None" else int(key), index), dtype)
+
+
+def lazy_converted(directory: str) -> dict[str, LazyArray]:
+    """The arrays of converted weights, unread."""
+    path = absolute(directory)
+    names = [child.name for child in (path / "weights").iterdir() if (child / ".zarray").exists()]
+    arrays = {}
+    for name in sorted(names):
+        place = path / "weights" / name
+        where = str(place) if is_remote(place) else f"file://{place}"
+        found = ts.open({"driver": "zarr", "kvstore": where}, open=True).result()
+
+        def read(layer: Any, index: Index, found: ts.TensorStore = found) -> np.ndarray:
+            return found[index if layer is ... else (layer, *index)].read().result()
+
+        dtype = np.dtype(found.dtype.numpy_dtype)
+        arrays[name] = _of_layers(found.shape, dtype, read, stacked=name.startswith("blocks."))
+    return arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor to be written: its key, and how to get it."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def entries(arrays: Mapping[str, LazyArray], rules: Sequence[Rule], dtype: str | None = None) -> list[Entry]:
+    """Source keys and layouts of a network's arrays, unread.
+
+    Args:
+        arrays: by our paths.
+        rules: key table of the naming.
+        dtype: to cast to; None keeps the arrays'.
+    """
+    found = []
+    for rule in rules:
+        if rule.target is None or rule.target not in arrays:
+            continue
+        array = arrays[rule.target]
+        kept = np.dtype(jnp.dtype(dtype)) if dtype else array.dtype
+        for index in array.pieces():
+            layer = index[0].start if rule.stacked else None
+            shape = array.shape[1:] if rule.stacked else array.shape
+            source = rule.transform.inverse(np.broadcast_to(np.float32(0), shape)).shape
+
+            def read(
+                array: LazyArray = array, index: Index = index, rule: Rule = rule, kept: np.dtype = kept
+            ) -> np.ndarray:
+                value = array[index]
+                value = rule.transform.inverse(value[0] if rule.stacked else value)
+                return np.ascontiguousarray(value.astype(kept, copy=False))
+
+            found.append(Entry(rule.key(layer), source, kept, read))
+    return sorted(found, key=lambda entry: entry.key)
+
+
+def write_safetensors(
+    file: Path,
+    tensors: Sequence[Entry],
+    metadata: Mapping[str, str],
+    progress: Callable[[int], Any] = lambda count: None,
+) -> list[Path]:
+    """Writes tensors one after the other; where they are more than `SHARD_BYTES`, as shards with an index.
+
+    Nothing is under its name before it is whole.
+
+    Returns:
+        The files.
+    """
+    shards: list[list[Entry]] = [[]]
+    for entry in tensors:
+        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        _write_shard(file, shards[0], metadata, progress)
+        return [file]
+    files, weight_map = [], {}
+    for number, shard in enumerate(shards, 1):
+        part = file.with_name(f"{file.stem}-{number:05d}-of-{len(shards):05d}.safetensors")
+        _write_shard(part, shard, metadata, progress)
+        files.append(part)
+        weight_map |= {entry.key: part.name for entry in shard}
+    total = sum(entry.nbytes for entry in tensors)
+    index = file.with_name(f"{file.name}.index.json")
+    write_whole(index, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1) + "\n")
+    return [*files, index]
+
+
+def _write_shard(
+    file: Path, tensors: Iterable[Entry], metadata: Mapping[str, str], progress: Callable[[int], Any]
+) -> None:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for entry in tensors:
+        header[entry.key] = {
+            "dtype": _CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    aside = file.with_name(f".{file.name}.tmp")
+    try:
+        with aside.open("wb") as stream:
+            stream.write(struct.pack("<Q", len(text)) + text)
+            for entry in tensors:
+                entry.read().tofile(stream)
+                progress(entry.nbytes)
+        aside.replace(file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

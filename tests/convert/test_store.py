@@ -1,0 +1,143 @@
+"""Orbax weights: written piece by piece, read by the pieces that a mesh needs, and their identity."""
+
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import store, umt5
+from convert.__main__ import main as convert_main
+from convert.export import lazy_converted
+from convert.mapping import LazyArray, whole
+from rfl_jax.errors import UserError
+from rfl_jax.miniature.world import ASSETS, DIT_FILES, T5_FILE, VAE_FILE
+from rfl_jax.models.weights import get_arrays
+from rfl_jax.sharding import shardings
+from tests.devices import make_mesh
+
+DIT = ASSETS / DIT_FILES["dit2"]
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+    convert_main()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The miniature's DiT as Orbax weights."""
+    folder = tmp_path_factory.mktemp("converted") / "dit"
+    cfg, arrays = store.convert("dit", [str(DIT)])
+    counted = []
+    store.save(str(folder), "dit", cfg, arrays, progress=counted.append)
+    # Every byte is told of, layer by layer.
+    assert sum(counted) == sum(array.nbytes for array in arrays.values())
+    assert len(counted) == sum(len(list(array.pieces())) for array in arrays.values())
+    return folder
+
+
+def test_what_was_written_in_pieces_is_the_source(converted):
+    _, arrays = store.convert("dit", [str(DIT)])
+    found = store.restore(str(converted))
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], whole(array))
+    lazy = lazy_converted(str(converted))
+    assert lazy.keys() == arrays.keys()
+    for name, array in lazy.items():
+        assert array.stacked == arrays[name].stacked
+        assert np.array_equal(whole(array), found[name])
+
+
+@pytest.mark.parametrize("source", ["safetensors", "converted"])
+def test_devices_read_their_own_pieces(converted, source, monkeypatch):
+    mesh = make_mesh(2, 2, 2)
+    asked = []
+    read = LazyArray.__getitem__
+
+    def watched(self, index):
+        part = read(self, index)
+        asked.append((self, part.size))
+        return part
+
+    monkeypatch.setattr(LazyArray, "__getitem__", watched)
+    path = str(converted if source == "converted" else DIT)
+    model = store.open_component("dit", [path], places=lambda state: shardings(state, "dit", mesh))
+    want = get_arrays(store.open_component("dit", [path]))
+    split = 0
+    for name, x in get_arrays(model).items():
+        assert np.array_equal(x, want[name])
+        pieces = {str(s.index) for s in x.addressable_shards}
+        if "kernel" in name and name.startswith("blocks."):
+            assert len(pieces) == 4, name
+            split += 1
+    assert split == 10
+    if source == "safetensors":
+        kernels = [(array, size) for array, size in asked if array.ndim == 3 and array.shape[1] % 4 == 0]
+        assert any(size == array.size // 4 for array, size in kernels)
+
+
+def test_an_interrupted_conversion_leaves_nothing_and_runs_again(tmp_path, monkeypatch):
+    read = LazyArray.__getitem__
+    left = iter(range(5))
+
+    def stops(self, index):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LazyArray, "__getitem__", stops)
+        with pytest.raises(KeyboardInterrupt):
+            command(patched, "dit", "--src", DIT, "--dst", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    command(monkeypatch, "dit", "--src", DIT, "--dst", tmp_path / "out")
+    assert store.open_component("dit", [str(tmp_path / "out")]).cfg.num_layers == 6
+
+
+def test_inspect_tells_origin_and_parameters(tmp_path, monkeypatch, capsys):
+    command(monkeypatch, "vae", "--src", ASSETS / "vae" / VAE_FILE, "--dst", tmp_path / "vae", "--dtype", "bfloat16")
+    capsys.readouterr()
+    command(monkeypatch, "inspect", tmp_path / "vae")
+    shown = capsys.readouterr().out
+    size = (ASSETS / "vae" / VAE_FILE).stat().st_size
+    assert "component   vae" in shown
+    assert f"{VAE_FILE}  {size:,} bytes  sha256_sampled " in shown
+    assert "dtype       bfloat16" in shown
+    assert "mapping_version" in shown
+    assert "decoder.conv_in.kernel" in shown
+    arrays = load_file(ASSETS / "vae" / VAE_FILE)
+    assert f"{sum(x.size for x in arrays.values()):,} parameters" in shown
+    with pytest.raises(UserError, match="expected weights written by python -m convert"):
+        command(monkeypatch, "inspect", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["dit", "vae", "umt5"])
+def test_verify_compares_with_the_reference(kind, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    source = {"dit": DIT, "vae": ASSETS / "vae" / VAE_FILE, "umt5": ASSETS / "umt5" / T5_FILE}[kind]
+    # float32: the references are compared in it.
+    save_file({key: x.astype(np.float32) for key, x in load_file(source).items()}, tmp_path / "model.safetensors")
+    if (source.parent / "config.json").exists():
+        (tmp_path / "config.json").write_text((source.parent / "config.json").read_text())
+    hints = ["--set", "num_heads=4", "text_len=32"] if kind == "dit" else []
+    command(monkeypatch, kind, "--src", tmp_path / "model.safetensors", "--dst", tmp_path / "out", "--verify", *hints)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "largest difference" in line]
+    assert len(lines) == (2 if kind == "vae" else 1)
+    for line in lines:
+        assert float(line.split("transformers " if kind == "umt5" else "diffusers ")[1].split()[0]) < 1e-4
+
+
+def test_umt5_without_shared_alias(tmp_path):
+    # transformers stores the embedding once or twice.
+    model = umt5.load(ASSETS / "umt5" / T5_FILE)
+    arrays = {name: np.asarray(x, np.float32) for name, x in get_arrays(model).items()}
+    from convert.mapping import unfill
+
+    tensors = unfill(umt5.NAMINGS["transformers"], arrays)
+    save_file(tensors, tmp_path / "once.safetensors")
+    save_file(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, tmp_path / "twice.safetensors")
+    once, twice = (get_arrays(umt5.load(tmp_path / f"{n}.safetensors")) for n in ("once", "twice"))
+    assert all(np.array_equal(once[name], twice[name]) for name in once)
