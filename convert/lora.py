@@ -89,7 +89,7 @@ class Lora:
         self.file = Path(file)
         self.deltas: dict[tuple[str, int | None], Delta] = {}
         self.ranks: set[int] = set()
-        self._checkpoint = Checkpoint([self.file])
+        self._checkpoint = Checkpoint([self.file], prefixes=())
         places = _places(namings, target)
         found: dict[str, dict[str, str]] = {}
         problems = []

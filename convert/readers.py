@@ -171,13 +171,14 @@ class Checkpoint:
 
     Args:
         sources: safetensors files, `*.safetensors.index.json` files, folders that hold either, or pickles.
+        prefixes: one of which is taken off, if all keys have it.
 
     Raises:
         UserError: a file is absent or unusable; the index names a shard that is not there or a tensor that its shard
             lacks.
     """
 
-    def __init__(self, sources: Sequence[Path]) -> None:
+    def __init__(self, sources: Sequence[Path], *, prefixes: Sequence[str] = PREFIXES) -> None:
         files = [file for source in sources for file in _resolve(Path(source))]
         pickles = [file for file in files if file.suffix in PICKLES]
         if pickles and len(files) > 1:
@@ -185,7 +186,7 @@ class Checkpoint:
         self.files = files
         self._reader: Reader = TorchReader(files[0]) if pickles else SafetensorsReader(files)
         keys = list(self._reader.shapes)
-        prefix = next((p for p in PREFIXES if keys and all(k.startswith((p, *NOT_WEIGHTS)) for k in keys)), "")
+        prefix = next((p for p in prefixes if keys and all(k.startswith((p, *NOT_WEIGHTS)) for k in keys)), "")
         self._keys = {key.removeprefix(prefix): key for key in keys}
         self._scales: dict[str, str] = {}
         for key in list(self._keys):
