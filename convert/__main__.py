@@ -7,8 +7,11 @@ a folder holds, `export --workdir RUN --dst FILE.safetensors` writes what a run 
 import argparse
 import ast
 import json
+import os
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +28,7 @@ from rfl_jax.files import is_remote, write_whole
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.sources import fetch, find_sources
 
+INTERRUPTED = 130
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -101,7 +105,11 @@ def _convert(args: argparse.Namespace) -> None:
     with tqdm(total=total, unit="B", unit_scale=True, desc=args.dst, disable=None) as bar:
         try:
             store.save(args.dst, args.command, cfg, arrays, origin=origin, progress=bar.update)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                # Orbax's threads complain of the interruption one by one.
+                logging.set_verbosity(logging.FATAL)
+                threading.excepthook = lambda _: None
             _remove_unfinished(args.dst)
             raise
     if args.verify:
@@ -115,8 +123,14 @@ def _remove_unfinished(directory: str) -> None:
     path = epath.Path(directory)
     if is_remote(path):
         return
-    for left in Path(path.parent).glob(f"{path.name}.orbax-checkpoint-tmp*"):
-        shutil.rmtree(left, ignore_errors=True)
+    # Pieces on their way to the disk may arrive while their folder is being removed.
+    for _ in range(100):
+        left = list(Path(path.parent).glob(f"{path.name}.orbax-checkpoint-tmp*"))
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not left:
+            break
+        time.sleep(0.1)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -152,6 +166,12 @@ def _export(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
-    with refuse_in_one_line("convert"):
-        main()
-    sys.exit(0)
+    try:
+        with refuse_in_one_line("convert"):
+            main()
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            # What waits for the disk would have its say while the interpreter ends.
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise

@@ -9,8 +9,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from convert.mapping import LazyArray
+from convert.readers import Index
 
-PIECES = 2  # read ahead while others are being written
+PIECES = 3  # in memory at once
 CHUNK_BYTES = 32 << 20  # of a file at most: what a device's share of a layer is cut from
 
 
@@ -31,20 +32,20 @@ class _StreamingHandler(ocp.type_handlers.NumpyHandler):
             await target.write(value, can_reference_source_data_indefinitely=True)
             self._progress(value.nbytes)
             return
-        # One array after the other: each holds its pieces in memory while they are written.
-        async with self._turn:
-            waiting: list[tuple[int, Any]] = []
+        # One array after the other: some of its pieces are in memory, being read, turned or written.
+        async with self._turn, asyncio.TaskGroup() as pieces:
+            slots = asyncio.Semaphore(PIECES)
             for index in value.pieces():
-                piece = await asyncio.to_thread(value.__getitem__, index)
-                waiting.append((piece.nbytes, target[index].write(piece, can_reference_source_data_indefinitely=True)))
-                if len(waiting) >= PIECES:
-                    await self._finish(waiting.pop(0))
-            for written in waiting:
-                await self._finish(written)
+                await slots.acquire()
+                pieces.create_task(self._pass_on(value, index, target, slots))
 
-    async def _finish(self, written: tuple[int, Any]) -> None:
-        await written[1]
-        self._progress(written[0])
+    async def _pass_on(self, array: LazyArray, index: Index, target: ts.TensorStore, slots: asyncio.Semaphore) -> None:
+        try:
+            piece = await asyncio.to_thread(array.__getitem__, index)
+            await target[index].write(piece, can_reference_source_data_indefinitely=True)
+            self._progress(piece.nbytes)
+        finally:
+            slots.release()
 
 
 def _chunks(array: LazyArray) -> list[int]:
