@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from convert import dit, export, identity, store, verify
+from convert import adapters, dit, export, identity, store, verify
 from convert.lora import parse_strength
 from rfl_jax.config import parse
 from rfl_jax.errors import UserError, refuse_in_one_line
@@ -42,15 +42,17 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for kind in store.KINDS:
+    for kind in (*store.KINDS, "lora"):
         one = commands.add_parser(kind, help=f"convert {kind} weights")
         one.add_argument(
             "--src", nargs="+", required=True,
             help="checkpoint files, a folder of shards, a pickle or an ONNX file; gs://..., or hub:org/name[:pattern]",
         )  # fmt: skip
         one.add_argument("--dst", required=True, help="folder to write; it must not exist yet")
-        one.add_argument("--dtype", choices=DTYPES, help="default: as in the source, bfloat16 for 8-bit weights")
         one.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="sizes that weights do not tell")
+        if kind == "lora":
+            continue
+        one.add_argument("--dtype", choices=DTYPES, help="default: as in the source, bfloat16 for 8-bit weights")
         one.add_argument("--verify", action="store_true", help="compare with ONNX Runtime, or with diffusers")
         if kind == "dit":
             one.add_argument(
@@ -75,6 +77,8 @@ def main() -> None:
         identity.show(args.directory)
     elif args.command == "export":
         _export(args)
+    elif args.command == "lora":
+        _convert_lora(args)
     else:
         _convert(args)
 
@@ -95,10 +99,10 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError(f"{args.dst}: exists already, expected a new folder")
     loras = [parse_strength(text) for text in getattr(args, "lora", [])]
     files = [file for source in args.src for file in fetch(source)]
-    adapters = [(file, strength) for name, strength in loras for file in fetch(name)]
+    merged = [(file, strength) for name, strength in loras for file in fetch(name)]
     if args.verify:
-        verify.check_possible(args.command, adapters)
-    cfg, arrays = store.convert(args.command, files, dtype=args.dtype, loras=adapters, **_hints(args.set))
+        verify.check_possible(args.command, merged)
+    cfg, arrays = store.convert(args.command, files, dtype=args.dtype, loras=merged, **_hints(args.set))
     print(cfg)
     origin = identity.of_sources(args.src, files, loras, args.dtype)
     total = sum(array.nbytes for array in arrays.values())
@@ -116,6 +120,18 @@ def _convert(args: argparse.Namespace) -> None:
         for line in verify.compare(args.command, files, args.dst):
             print(line)
     print(f"{args.dst}: {len(arrays)} arrays, {store.count(arrays):,} parameters")
+
+
+def _convert_lora(args: argparse.Namespace) -> None:
+    if epath.Path(args.dst).exists():
+        raise UserError(f"{args.dst}: exists already, expected a new folder")
+    files = [file for source in args.src for file in fetch(source)]
+    settings = dict(item.partition("=")[::2] for item in args.set)
+    if len(files) != 1 or set(settings) - {"preset"}:
+        raise UserError("lora: expected one file, and no setting but preset")
+    cfg, arrays = adapters.convert(files[0], settings.get("preset", ""))
+    store.save(args.dst, "lora", cfg, arrays, origin=identity.of_sources(args.src, files, [], "float32"))
+    print(f"{args.dst}: {len(arrays) // 2} adapted layers of {cfg.preset}, rank {cfg.rank}")
 
 
 def _remove_unfinished(directory: str) -> None:

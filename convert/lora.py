@@ -237,7 +237,7 @@ def adapters(lora: Lora, targets: Sequence[str], layers: int) -> dict[str, np.nd
     stacks: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
     for (name, layer), delta in lora.deltas.items():
         if layer is None or not delta.up or not name.endswith(suffixes):
-            raise UserError(f"{lora.file}: {delta.down} changes what config.lora_target_modules does not adapt")
+            raise UserError(f"{lora.file}: {delta.down} is no adapter of {', '.join(targets)}")
         stacks.setdefault(name.removesuffix(".kernel"), {})[layer] = delta.factors()
     arrays = {}
     for name, factors in stacks.items():

@@ -19,6 +19,7 @@ from convert.mapping import LazyArray, whole
 from convert.streaming import streaming_handler
 from rfl_jax.errors import UserError
 from rfl_jax.files import absolute, array_handler
+from rfl_jax.models.lora import LoraConfig
 from rfl_jax.models.umt5 import UMT5Config
 from rfl_jax.models.wan.config import DiTConfig, VAEConfig
 from rfl_jax.models.weights import set_arrays
@@ -28,7 +29,7 @@ from rfl_jax.rewards.scrfd import BlockSpec, ConvSpec, PoolSpec, SCRFDConfig
 SAFETENSORS = {"dit": dit.COMPONENT, "vae": vae.COMPONENT, "umt5": umt5.COMPONENT}
 ONNX = {"arcface": arcface, "scrfd": scrfd}
 KINDS = (*SAFETENSORS, *ONNX)
-CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "arcface": IResNetConfig}
+CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "arcface": IResNetConfig, "lora": LoraConfig}
 LAYERS = {kind.__name__: kind for kind in (ConvSpec, PoolSpec, BlockSpec)}
 
 

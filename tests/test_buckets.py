@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from safetensors.numpy import load_file
 
 from rfl_jax.miniature.world import ASSETS, DIT_FILES, T5_FILE, VAE_FILE
 
@@ -70,13 +71,18 @@ def read(bucket, name):
         return response.read().decode()
 
 
-def test_convert_train_stop_and_resume_in_a_bucket(bucket, clip_folder):
+def test_convert_train_stop_and_resume_in_a_bucket(bucket, clip_folder, tmp_path):
+    # A checkpoint that itself lies in the bucket.
+    original = f"gs://{BUCKET}/original/{VAE_FILE}"
+    upload = f"from etils import epath; epath.Path({original!r}).write_bytes(open({str(ASSETS / 'vae' / VAE_FILE)!r}, 'rb').read())"
+    subprocess.run([sys.executable, "-c", upload], env=bucket, check=True)
+    bucket = bucket | {"RFL_JAX_CACHE": str(tmp_path / "cache")}
     weights = []
     for component, name, source in (
         ("dit", "high", ASSETS / DIT_FILES["dit"]),
         ("dit", "low", ASSETS / DIT_FILES["dit2"]),
         ("umt5", "umt5", ASSETS / "umt5" / T5_FILE),
-        ("vae", "vae", ASSETS / "vae" / VAE_FILE),
+        ("vae", "vae", original),
     ):
         weights.append(f"gs://{BUCKET}/weights/{name}")
         run(bucket, "convert", component, "--src", str(source), "--dst", weights[-1])
@@ -96,6 +102,9 @@ def test_convert_train_stop_and_resume_in_a_bucket(bucket, clip_folder):
     both = [json.loads(line) for line in read(bucket, "mini/metrics.jsonl").splitlines()]
     assert both[0] == first[0]
     assert [line["step"] for line in both] == [1, 2]
+    exported = tmp_path / "lora.safetensors"
+    run(bucket, "convert", "export", "--workdir", f"gs://{BUCKET}/mini", "--dst", str(exported))
+    assert len(load_file(exported)) == 6 * 10 * 2
     names = set(listing(bucket))
     assert {"mini/config.json", "mini/dit2_lora.safetensors", "mini/samples/step_000002.mp4"} <= names
     assert any(name.startswith("mini/cache/") and name.endswith(".prefix.npz") for name in names)

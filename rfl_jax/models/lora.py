@@ -1,5 +1,6 @@
 """Low-rank adapters on the linear layers of a stacked transformer."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -11,6 +12,20 @@ from jax import Array
 from rfl_jax.models.layers import Linear
 
 M = TypeVar("M", bound=nnx.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What a folder of converted adapters belongs to.
+
+    Attributes:
+        preset: of the network they adapt.
+        rank: of all of them.
+    """
+
+    preset: str
+    rank: int
+
 
 # The original's names of layers (lora_target_modules) and ours.
 TARGETS = {"q": "q", "k": "k", "v": "v", "o": "o", "ffn.0": "ffn.up", "ffn.2": "ffn.down"}

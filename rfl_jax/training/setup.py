@@ -11,9 +11,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from convert import lora, store
-from convert.dit import NAMINGS
-from convert.mapping import flat_shapes
+from convert import adapters, store
 from rfl_jax import hosts
 from rfl_jax.config import Config
 from rfl_jax.data.dataset import check_shapes, make_iterator
@@ -171,11 +169,7 @@ def start_from(cfg: Config, params: States) -> States:
     """
     params = dict(params)
     for name, file in cfg.init_loras.items():
-        shapes = flat_shapes(store.build("dit", DIT_PRESETS[cfg.preset]))
-        found = lora.Lora(file, NAMINGS, shapes)
-        arrays = lora.adapters(found, cfg.lora_targets, DIT_PRESETS[cfg.preset].num_layers)
-        if found.ranks != {cfg.lora_rank}:
-            raise UserError(f"config.lora_rank: {cfg.lora_rank}, but {file} has rank {found.ranks.pop()}")
+        arrays = adapters.read(file, cfg.preset, cfg.lora_targets, cfg.lora_rank)
         flat = dict(nnx.to_flat_state(params[name]))
         for path, leaf in flat.items():
             key = ".".join(map(str, path))

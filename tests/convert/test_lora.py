@@ -15,7 +15,7 @@ from convert.__main__ import main as convert_main
 from convert.mapping import flat_shapes, unfill, whole
 from rfl_jax.errors import UserError
 from rfl_jax.miniature.world import ASSETS, DIT_FILES
-from rfl_jax.models.lora import add_lora, set_lora
+from rfl_jax.models.lora import LoraConfig, add_lora, set_lora
 from rfl_jax.models.wan.config import DiTConfig
 from rfl_jax.models.weights import get_arrays, set_arrays
 from rfl_jax.training.export import export_adapters
@@ -377,9 +377,16 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
             command(monkeypatch, "export", "--workdir", tmp_path / "first", *bad)
     assert not (tmp_path / "x.safetensors").exists()
 
-    # What was exported is where another run begins.
-    second = set_up(settings(init_lora=str(tmp_path / "b.safetensors")), tmp_path / "second")
-    flat = {".".join(map(str, p)): x[...] for p, x in nnx.to_flat_state(second.state.params["dit2"])}
+    # What was exported is where another run begins, as a file or converted.
+    command(monkeypatch, "lora", "--src", tmp_path / "b.safetensors", "--dst", tmp_path / "folder")
+    assert store.describe("lora", [str(tmp_path / "folder")]) == LoraConfig("mini", 4)
+    second, other = (
+        set_up(settings(init_lora=str(tmp_path / name)), tmp_path / "second") for name in ("b.safetensors", "folder")
+    )
+    flat, same = (
+        {".".join(map(str, p)): x[...] for p, x in nnx.to_flat_state(r.state.params["dit2"])} for r in (second, other)
+    )
+    assert all(np.array_equal(flat[key], same[key]) for key in flat)
     named = lora.named(
         {k: np.asarray(x) for k, x in flat.items()}, dit.NAMINGS["diffusers"], "transformer.{module}.lora_{half}.weight"
     )
@@ -387,5 +394,5 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     assert named.keys() == earlier.keys()
     with pytest.raises(UserError, match=r"config\.lora_rank: 2, but .* has rank 4"):
         set_up(settings(init_lora=str(tmp_path / "b.safetensors"), lora_rank=2), tmp_path / "third")
-    with pytest.raises(UserError, match=r"changes what config\.lora_target_modules does not adapt"):
+    with pytest.raises(UserError, match=r"adapts blocks\.\S+, which config\.lora_target_modules does not name"):
         set_up(settings(init_lora=str(tmp_path / "b.safetensors"), lora_target_modules="q"), tmp_path / "third")

@@ -1,0 +1,82 @@
+"""Adapters from a file in any naming, or from a folder of converted ones (`python -m convert lora`)."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import dit, store
+from convert.lora import Lora, adapters
+from convert.mapping import flat_shapes
+from rfl_jax.errors import UserError
+from rfl_jax.models.lora import TARGETS, LoraConfig, add_lora, set_lora
+from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.models.wan.dit import DiT
+
+M = TypeVar("M", bound=DiT)
+
+
+def convert(file: str, preset: str = "") -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """Config and arrays by our paths, scale 1.
+
+    Args:
+        file: safetensors.
+        preset: of the network; by default the first that the file fits.
+
+    Raises:
+        UserError: it fits none, or changes more than the layers that can have adapters.
+    """
+    if preset and preset not in DIT_PRESETS:
+        raise UserError(f"preset={preset}: expected one of {', '.join(DIT_PRESETS)}")
+    refusal: UserError | None = None
+    for name in [preset] if preset else DIT_PRESETS:
+        try:
+            found = Lora(file, dit.NAMINGS, flat_shapes(store.build("dit", DIT_PRESETS[name])))
+        except UserError as error:
+            refusal = refusal or error
+            continue
+        arrays = adapters(found, tuple(TARGETS), DIT_PRESETS[name].num_layers)
+        return LoraConfig(name, found.ranks.pop()), arrays
+    assert refusal is not None
+    raise refusal
+
+
+def read(source: str, preset: str, targets: Sequence[str], rank: int) -> dict[str, np.ndarray]:
+    """Adapters for a run of these settings, from a file or a folder of converted ones.
+
+    Raises:
+        UserError: they are of another network or rank, or adapt other layers than `targets`.
+    """
+    if store.is_converted(source):
+        cfg, arrays = store.describe("lora", [source]), store.restore(source)
+        # Presets of one shape have the same adapters.
+        shapes = [flat_shapes(store.build("dit", DIT_PRESETS[name])) for name in (cfg.preset, preset)]
+        if any(shapes[0][n] != shapes[1].get(n) for n in shapes[0] if n.startswith("blocks.")):
+            raise UserError(f"{source}: adapts {cfg.preset}, expected {preset}")
+    else:
+        cfg, arrays = convert(source, preset)
+    if cfg.rank != rank:
+        raise UserError(f"config.lora_rank: {rank}, but {source} has rank {cfg.rank}")
+    suffixes = tuple(f".{TARGETS[target]}.lora_{half}" for target in targets for half in "ab")
+    for name in arrays:
+        if not name.endswith(suffixes):
+            raise UserError(f"{source}: adapts {name[:-7]}, which config.lora_target_modules does not name")
+    return arrays
+
+
+def load(source: str, model: M, preset: str) -> M:
+    """Adds the adapters to a DiT, in place.
+
+    Args:
+        source: a file or a folder of converted adapters.
+        model: of the preset's sizes.
+        preset: of the network.
+    """
+    arrays = convert(source, preset)[1] if not store.is_converted(source) else store.restore(source)
+    modules = {name.rsplit(".", 1)[0] for name in arrays}
+    targets = [t for t, ours in TARGETS.items() if any(m.endswith(f".{ours}") for m in modules)]
+    rank = next(a.shape[-1] for name, a in arrays.items() if name.endswith("lora_a"))
+    add_lora(model, rank=rank, targets=targets, key=jax.random.key(0))
+    return set_lora(model, {name: jnp.asarray(a) for name, a in arrays.items()})
