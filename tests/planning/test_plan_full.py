@@ -1,0 +1,35 @@
+"""The full-size step compiled for real slices: minutes each, run by hand (`pytest -m slow`)."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from tests.planning.test_plan import plan
+
+A14B = ["--config=configs/wan2_2_i2v_a14b.py", "--json"]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu")]
+
+
+def mesh(fsdp, context):
+    return ["--config.mesh.data=1", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.context={context}"]
+
+
+@pytest.mark.parametrize(("topology", "axes", "gib"), [("v5p-8", (1, 4), 45), ("v6e-16", (2, 8), 25)])
+def test_the_14b_step_fits(topology, axes, gib):
+    found = plan(*A14B, *mesh(*axes), "--config.remat_policy=save_attention", f"--topology={topology}", timeout=1500)
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout)
+    # Adapters of rank 32 have 153 million parameters, and Adam two moments of each, in 4 bytes.
+    assert report["optimizer"] * report["devices"] == pytest.approx(2 * 4 * 153e6, rel=0.01)
+    # The low-noise expert alone: the prefix is cached.
+    assert report["weights"] * report["devices"] > 28.5e9
+    assert report["peak"] < gib * 2**30
+
+
+def test_a_chip_too_small_is_refused_with_what_was_needed():
+    found = plan(*A14B, *mesh(1, 4), "--config.remat_policy=nested", "--topology=v5e-4", timeout=3000)
+    assert found.returncode == 1, found.stderr
+    report = json.loads(found.stdout)
+    assert not report["fits"]
+    assert report["needed"] > report["limit"]
