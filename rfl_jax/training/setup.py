@@ -122,32 +122,46 @@ class Setup:
         return placed | {k: hosts.place(np.stack([v] * count), whole) for k, v in self.constants.items()}
 
 
+def check_weights(cfg: Config, sources: Sources) -> None:
+    """Whether the weights belong to the configuration and to each other, by their headers.
+
+    Raises:
+        UserError: naming the file, and what differs.
+    """
+    preset = DIT_PRESETS[cfg.preset]
+    if "dit2" in cfg.trained and not sources.dit2:
+        raise UserError("config.trainable_models: dit2 is named, but one network serves all steps of this preset")
+
+    def need(file: str, name: str, found: Any, expected: Any) -> None:
+        if found != expected:
+            raise UserError(f"{file}: {name} is {found}, expected {expected} (config.preset={cfg.preset})")
+
+    for files in filter(None, (sources.dit, sources.dit2)):
+        found = store.describe("dit", files)
+        for field in dataclasses.fields(DiTConfig):
+            if field.name != "boundary":
+                need(files[0], field.name, getattr(found, field.name), getattr(preset, field.name))
+    vae = store.describe("vae", sources.vae)
+    need(sources.vae[0], "number of latent channels", vae.z_dim, preset.out_dim)
+    text = store.describe("umt5", sources.text_encoder)
+    need(sources.text_encoder[0], "width of text features", text.dim, preset.text_dim)
+
+
 def load_networks(
     cfg: Config, sources: Sources, experts: Collection[str], mesh: Mesh
 ) -> tuple[Networks, States, Frozen]:
     """All networks of an update, trainable and frozen weights apart. A DiT that is none of the experts stays where it is.
 
     Raises:
-        UserError: weights that are missing, or of another shape than `preset` names.
+        UserError: weights that cannot be read.
     """
-    preset = DIT_PRESETS[cfg.preset]
     dtype = jnp.dtype(cfg.dtype)
     dits: dict[str, DiT] = {}
-    missing = [name for name in cfg.trained if name == "dit2" and not sources.dit2]
-    if missing:
-        raise UserError("config.trainable_models: dit2 is named, but one network serves all steps of this preset")
     for name, files in (("dit", sources.dit), ("dit2", sources.dit2)):
         if name not in experts:
             continue
         # Masters of what trains in full come from the source's own precision.
         full = name in cfg.trained and name not in cfg.adapted
-        found = store.describe("dit", files)
-        for field in dataclasses.fields(DiTConfig):
-            if field.name != "boundary" and getattr(found, field.name) != getattr(preset, field.name):
-                raise UserError(
-                    f"{files[0]}: {field.name} is {getattr(found, field.name)}, expected "
-                    f"{getattr(preset, field.name)} (config.preset={cfg.preset})"
-                )
         dits[name] = open_dit(cfg, name, files, mesh, stored=None if full else cfg.dtype)
     vae_dtype = "float32" if "vae" in cfg.trained else cfg.dtype
     return split_networks(
@@ -274,6 +288,7 @@ def prepare_run(cfg: Config, workdir: epath.Path) -> Preparation:
         UserError: anything in the configuration or the data that cannot be used.
     """
     sources = find_sources(cfg, experts=experts_of(cfg))
+    check_weights(cfg, sources)
     prefix, sampler = split_prefix(cfg, make_sampler(cfg, DIT_PRESETS[cfg.preset]))
     cached = caches_prefix(cfg, prefix)
     mesh = make_mesh(dataclasses.asdict(cfg.mesh))

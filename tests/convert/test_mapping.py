@@ -8,6 +8,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from convert import dit, umt5, vae
+from convert.export import entries
 from convert.mapping import flat_shapes, lazy_arrays, plan, unfill, whole
 from rfl_jax.errors import UserError
 from rfl_jax.models.weights import get_arrays
@@ -38,6 +39,15 @@ def test_full_size_manifests_match(name, variant):
     assignments = plan(rules, shapes, target, what=name)
     aliases = {"encoder.embed_tokens.weight"}
     assert {a.key for a in assignments} == shapes.keys() - aliases
+
+    # And back: the same keys and shapes, in either naming, of arrays that are never read.
+    arrays = lazy_arrays(assignments, target, lambda key, index: pytest.fail("read"), lambda _: np.dtype(np.float16))
+    assert {e.key: e.shape for e in entries(arrays, rules)} == {k: v for k, v in shapes.items() if k not in aliases}
+    for naming, other in component.namings.items():
+        if naming.split()[-1] == component.naming(shapes).split()[-1] or len(component.namings) == 2:
+            exported = {e.key: e.shape for e in entries(arrays, other)}
+            assert component.infer_config(exported, {}) == cfg
+            plan(other, exported, target, what=naming)
 
     for key in list(shapes):
         short = {k: v for k, v in shapes.items() if k != key}

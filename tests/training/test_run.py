@@ -1,5 +1,6 @@
 """Whole runs: outputs as promised, stopping and resuming bit for bit, preparation and its bad rows, evaluation."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -7,15 +8,21 @@ import signal
 import numpy as np
 import pytest
 from etils import epath
-from safetensors.numpy import load_file
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
-from convert import store
+from convert import dit, store, umt5
+from convert.mapping import unfill
 from rfl_jax.data.metadata import read_metadata
 from rfl_jax.data.prepare import Encoders, prepare
 from rfl_jax.data.videos import read_clip, to_uint8, write_video
 from rfl_jax.errors import UserError
 from rfl_jax.evaluate import FIGURES, evaluate, motion
-from rfl_jax.miniature.world import FRAMES
+from rfl_jax.miniature.world import FRAMES, asset_paths
+from rfl_jax.models.umt5 import UMT5Config, UMT5Encoder
+from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.models.wan.dit import DiT
+from rfl_jax.models.weights import get_arrays
 from rfl_jax.sources import find_sources
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
@@ -169,3 +176,24 @@ def test_clips_of_different_sizes_cannot_share_a_batch(monkeypatch, settings, tm
     write_video(folder / "b.mp4", clip[:, :48])
     with pytest.raises(UserError, match=r"row 3: latents of .* cannot share a batch"):
         set_up(settings(file_name=str(folder / "metadata.csv")), epath.Path(tmp_path))
+
+
+def test_weights_of_another_network_are_refused_before_anything_is_prepared(settings, tmp_path):
+    def refused(message, *, file=None, at=0, **changes):
+        paths = json.loads(asset_paths()["model_paths"])
+        paths[at] = str(file) if file else paths[at]
+        with pytest.raises(UserError, match=message):
+            prepare_run(settings(model_paths=json.dumps(paths), **changes), epath.Path(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+    refused(r"dim is 128, expected 5120 \(config.preset=wan2_2_i2v_a14b\)", preset="wan2_2_i2v_a14b")
+    wide = dataclasses.replace(DIT_PRESETS["mini"], num_layers=5)
+    arrays = {name: np.asarray(x) for name, x in get_arrays(DiT(wide, rngs=nnx.Rngs(0))).items()}
+    (tmp_path / "dit").mkdir()
+    save_file(unfill(dit.NAMINGS["original"], arrays), tmp_path / "dit" / "model.safetensors")
+    (tmp_path / "dit" / "config.json").write_text(json.dumps({"num_heads": 4, "text_len": 32}))
+    refused("num_layers is 5, expected 6", file=tmp_path / "dit", at=1)
+    small = UMT5Encoder(UMT5Config(40, 24, 24, 32, num_heads=2, num_layers=1), rngs=nnx.Rngs(0))
+    arrays = {name: np.asarray(x) for name, x in get_arrays(small).items()}
+    save_file(unfill(umt5.NAMINGS["original"], arrays), tmp_path / "t5.safetensors")
+    refused("width of text features is 24, expected 32", file=tmp_path / "t5.safetensors", at=2)
