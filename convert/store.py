@@ -89,8 +89,14 @@ def save(
         )
 
 
-def _handler() -> ocp.CompositeCheckpointHandler:
-    return ocp.CompositeCheckpointHandler(weights=array_handler(), description=ocp.JsonCheckpointHandler())
+def _reader() -> ocp.Checkpointer:
+    """Reads without waiting for other processes: one may need what the others do not."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+    handler = ocp.CompositeCheckpointHandler(weights=array_handler(), description=ocp.JsonCheckpointHandler())
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def is_converted(directory: str) -> bool:
@@ -105,7 +111,7 @@ def read_description(directory: str) -> dict[str, Any]:
         UserError: they are none.
     """
     try:
-        with ocp.Checkpointer(_handler()) as checkpointer:
+        with _reader() as checkpointer:
             items = ocp.args.Composite(description=ocp.args.JsonRestore())
             content = checkpointer.restore(absolute(directory), items).description
         return {"kind": content["component"], "origin": {}, **content} | {
@@ -135,7 +141,7 @@ def restore(directory: str, dtype: str | None = None, places: Mapping[str, Shard
         return ocp.ArrayRestoreArgs(sharding=places[path[0].key], dtype=stored)
 
     try:
-        with ocp.Checkpointer(_handler()) as checkpointer:
+        with _reader() as checkpointer:
             path = absolute(directory)
             found = checkpointer.metadata(path).item_metadata["weights"].tree
             items = ocp.args.PyTreeRestore(found, restore_args=jax.tree_util.tree_map_with_path(wanted, found))
@@ -146,7 +152,7 @@ def restore(directory: str, dtype: str | None = None, places: Mapping[str, Shard
 
 def stored_arrays(directory: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every array of converted weights; nothing else is read."""
-    with ocp.Checkpointer(_handler()) as checkpointer:
+    with _reader() as checkpointer:
         tree = checkpointer.metadata(absolute(directory)).item_metadata["weights"].tree
     return {name: (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for name, leaf in tree.items()}
 

@@ -1,6 +1,11 @@
 """Orbax weights: written piece by piece, read by the pieces that a mesh needs, and their identity."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,19 +85,29 @@ def test_devices_read_their_own_pieces(converted, source, monkeypatch):
 
 
 def test_an_interrupted_conversion_leaves_nothing_and_runs_again(tmp_path, monkeypatch):
-    read = LazyArray.__getitem__
-    left = iter(range(5))
-
-    def stops(self, index):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return read(self, index)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(LazyArray, "__getitem__", stops)
-        with pytest.raises(KeyboardInterrupt):
-            command(patched, "dit", "--src", DIT, "--dst", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    # As from the command line, but slow enough to be interrupted in the middle.
+    script = tmp_path / "slowly.py"
+    script.write_text(
+        "import runpy, sys, time\n"
+        "from convert.mapping import LazyArray\n"
+        "read = LazyArray.__getitem__\n"
+        "LazyArray.__getitem__ = lambda self, index: (time.sleep(0.3), read(self, index))[1]\n"
+        f"sys.argv = ['convert', 'dit', '--src', {str(DIT)!r}, '--dst', {str(tmp_path / 'out')!r}]\n"
+        "runpy.run_module('convert', run_name='__main__')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where the tests run detached
+    )  # fmt: skip
+    while not list(tmp_path.glob("out*/weights*/blocks*/*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "convert: interrupted\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["slowly.py"]
     command(monkeypatch, "dit", "--src", DIT, "--dst", tmp_path / "out")
     assert store.open_component("dit", [str(tmp_path / "out")]).cfg.num_layers == 6
 
