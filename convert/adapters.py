@@ -1,7 +1,6 @@
 """Adapters from a file in any naming, or from a folder of converted ones (`python -m convert lora`)."""
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,6 @@ from rfl_jax.errors import UserError
 from rfl_jax.models.lora import TARGETS, LoraConfig, add_lora, set_lora
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
-
-M = TypeVar("M", bound=DiT)
 
 
 def convert(file: str, preset: str = "") -> tuple[LoraConfig, dict[str, np.ndarray]]:
@@ -66,7 +63,7 @@ def read(source: str, preset: str, targets: Sequence[str], rank: int) -> dict[st
     return arrays
 
 
-def load(source: str, model: M, preset: str) -> M:
+def load(source: str, model: DiT, preset: str) -> DiT:
     """Adds the adapters to a DiT, in place.
 
     Args:

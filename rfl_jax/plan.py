@@ -95,7 +95,7 @@ def main() -> None:
         if change:
             print(f"{'fastest that fits' if _SEARCH.value else 'fits with':20s}{change}")
         if best is None:
-            print(f"{'fits with':20s}nothing tried")
+            print(f"{'fits with':20s}none of {len(tried)} variants")
     sys.exit(0 if shown.report.fits else 1)
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from rfl_jax.config import Config
 from rfl_jax.models.wan.vae import VAE
 from rfl_jax.planning.abstract import Plan, bytes_per_device
-from rfl_jax.planning.chips import Chip, chip_of
+from rfl_jax.planning.chips import GIB, Chip, chip_of
 from rfl_jax.planning.hlo import Traffic, collectives
 from rfl_jax.rewards.arcface import CROP, IResNet
 from rfl_jax.rewards.scrfd import SCRFD
@@ -39,7 +39,7 @@ class Report:
         limit: what a program may use; None where it is not known.
         host: pinned host memory that offloading takes.
         needed: what the program would have used, where it was refused.
-        largest: its largest buffers then, by name.
+        largest: its largest buffers then, or its largest arguments, by name.
         model_flops, executed_flops: of one update on all devices, without and with recomputation.
         traffic: collectives of one update by kind.
         step_time_s: the longest of arithmetic at peak, of reading weights, and of collectives, both at full bandwidth: no
@@ -112,6 +112,8 @@ def compile_plan(cfg: Config, plan: Plan, *, least: int = 0) -> Report:
             raise
         peak, traffic = None, {}
         needed, largest = read_refusal(str(error))
+        # Some refusals name no buffer: then what lies there before the program begins.
+        largest = largest or largest_arguments(plan.args)
     seconds = time.perf_counter() - begin if programs else 0.0
     step_time = None
     if chip and peak is not None:
@@ -159,7 +161,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 def read_refusal(message: str) -> tuple[float | None, list[str]]:
     """Bytes that a refused program would have used, and its largest buffers with their operators."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    used = re.search(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT]?)\b", message)
     needed = float(used[1]) * _UNITS[used[2]] if used else None
     largest = []
     for size, rest in re.findall(r"\d+\. Size: ([\d.]+[KMGT]?)\s*\n((?:(?!\s*={5}).*\n?){1,6})", message)[:5]:
@@ -168,6 +170,16 @@ def read_refusal(message: str) -> tuple[float | None, list[str]]:
         name = operator[1].split("/")[-1] if operator else "?"
         largest.append(f"{size}  {shape[1] if shape else ''}  {name}")
     return needed, largest
+
+
+def largest_arguments(args: Any, count: int = 5) -> list[str]:
+    """The arguments that take most of a device's memory, as `read_refusal` tells of buffers."""
+    leaves = [
+        (bytes_per_device(leaf), f"{leaf.dtype}[{','.join(map(str, leaf.sharding.shard_shape(leaf.shape)))}]", path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(args)
+    ]
+    top = sorted(leaves, key=lambda entry: -entry[0])[:count]
+    return [f"{size / GIB:.2f}G  {shape}  argument {jax.tree_util.keystr(path)}" for size, shape, path in top]
 
 
 def step_flops(cfg: Config, plan: Plan) -> tuple[float, float]:

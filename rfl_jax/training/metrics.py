@@ -12,18 +12,17 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from rfl_jax.files import is_remote, write_whole
+from rfl_jax.planning.chips import CHIPS
 
 COPY_EVERY_S = 60  # how often TensorBoard's events go into a bucket
 
-# Peak bf16 matrix throughput in FLOP/s by device kind (vendors' data sheets).
+# Peak bf16 matrix throughput in FLOP/s by the beginning of a device's kind: what can be planned for, its other names, and
+# (vendors' data sheets) what cannot.
 PEAK_FLOPS = {
+    **{kind: chip.flops for kind, chip in CHIPS.items()},
     "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU v5e": CHIPS["TPU v5 lite"].flops,
+    "TPU v6e": CHIPS["TPU v6 lite"].flops,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA A100": 312e12,

@@ -64,4 +64,6 @@ def test_a_refusal_tells_what_was_needed_and_by_what():
         "53.22G  bf16[1,40,18900,18900]{3,2,1,0:T(8,128)(2,1)}  dot_general",
         "1.50G  f32[10,20]{1,0}  ?",
     ]
+    temporaries = "Ran out of memory on HBM, the total memory required for HLO temporaries (28.50G) exceeds available HBM (15.75G)."
+    assert read_refusal(temporaries) == (28.5 * 2**30, [])
     assert read_refusal("something else") == (None, [])

@@ -13,7 +13,7 @@ from etils import epath
 from rfl_jax.config import Config, NoiseSection
 from rfl_jax.planning.abstract import make_plan, on_devices
 from rfl_jax.planning.chips import ACCELERATOR_TYPES, CHIPS, Chip
-from rfl_jax.planning.compile import compile_plan
+from rfl_jax.planning.compile import compile_plan, largest_arguments
 from rfl_jax.planning.search import changed, least_bytes, variants, walk
 from rfl_jax.remat import NAMES
 from rfl_jax.training.setup import set_up
@@ -185,6 +185,9 @@ def test_the_walk_ends_with_the_fastest_that_fits(monkeypatch, settings):
     monkeypatch.setitem(CHIPS, devices[0].device_kind, Chip(1e12, 1.0, 1e12, 1e12))
     refused = list(walk(cfg, devices, fastest=False))
     assert not any(entry.report.fits or entry.report.compile_s for entry in refused)
+    names = largest_arguments(made.args)
+    assert len(names) == 5
+    assert "kernel" in names[0]
 
 
 def test_search_finds_the_fastest_that_fits():
