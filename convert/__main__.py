@@ -7,8 +7,10 @@ a folder holds, `export --workdir RUN --dst FILE.safetensors` writes what a run 
 import argparse
 import ast
 import json
+import logging as stdlib_logging
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -106,20 +108,26 @@ def _convert(args: argparse.Namespace) -> None:
     print(cfg)
     origin = identity.of_sources(args.src, files, loras, args.dtype)
     total = sum(array.nbytes for array in arrays.values())
+    before = signal.signal(signal.SIGINT, _interrupted)
     with tqdm(total=total, unit="B", unit_scale=True, desc=args.dst, disable=None) as bar:
         try:
             store.save(args.dst, args.command, cfg, arrays, origin=origin, progress=bar.update)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                # Orbax's threads complain of the interruption one by one.
-                logging.set_verbosity(logging.FATAL)
-                threading.excepthook = lambda _: None
+        except BaseException:
             _remove_unfinished(args.dst)
             raise
+        finally:
+            signal.signal(signal.SIGINT, before)
     if args.verify:
         for line in verify.compare(args.command, files, args.dst):
             print(line)
     print(f"{args.dst}: {len(arrays)} arrays, {store.count(arrays):,} parameters")
+
+
+def _interrupted(*_: Any) -> NoReturn:
+    # The threads that write would complain of the interruption one by one.
+    stdlib_logging.disable(stdlib_logging.CRITICAL)
+    threading.excepthook = lambda _: None
+    raise KeyboardInterrupt
 
 
 def _convert_lora(args: argparse.Namespace) -> None:

@@ -88,7 +88,8 @@ def test_an_interrupted_conversion_leaves_nothing_and_runs_again(tmp_path, monke
     # As from the command line, but slow enough to be interrupted in the middle.
     script = tmp_path / "slowly.py"
     script.write_text(
-        "import runpy, sys, time\n"
+        "import runpy, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # also where the tests run detached
         "from convert.mapping import LazyArray\n"
         "read = LazyArray.__getitem__\n"
         "LazyArray.__getitem__ = lambda self, index: (time.sleep(0.3), read(self, index))[1]\n"
@@ -98,7 +99,6 @@ def test_an_interrupted_conversion_leaves_nothing_and_runs_again(tmp_path, monke
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
         [sys.executable, script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where the tests run detached
     )  # fmt: skip
     while not list(tmp_path.glob("out*/weights*/blocks*/*")):
         assert process.poll() is None, process.communicate()
