@@ -27,8 +27,7 @@ from convert.lora import parse_strength
 from rfl_jax.config import parse
 from rfl_jax.errors import UserError, refuse_in_one_line
 from rfl_jax.files import is_remote, write_whole
-from rfl_jax.models.wan.config import DIT_PRESETS
-from rfl_jax.sources import fetch, find_sources
+from rfl_jax.sources import experts_of, fetch, find_sources
 
 INTERRUPTED = 130
 DTYPES = ("float32", "bfloat16", "float16")
@@ -180,7 +179,7 @@ def _export(args: argparse.Namespace) -> None:
             print(f"{config}")
         return
     cfg = parse(ConfigDict(trained.config))
-    sources = find_sources(cfg, experts=1 if DIT_PRESETS[cfg.preset].boundary is None else 2)
+    sources = find_sources(cfg, experts=experts_of(cfg))
     _, arrays = export.whole_network(trained, sources.dit if trained.network == "dit" else sources.dit2)
     tensors = export.entries(arrays, dit.NAMINGS[args.format], args.dtype)
     with tqdm(total=sum(t.nbytes for t in tensors), unit="B", unit_scale=True, desc=file.name, disable=None) as bar:

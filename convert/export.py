@@ -4,10 +4,11 @@ import dataclasses
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -123,11 +124,13 @@ def read_run(workdir: epath.Path, step: int | None = None, network: str = "") ->
             folder / str(step) / "state",
             ocp.args.PyTreeRestore(
                 wanted,
-                restore_args=_as_numpy(wanted),
+                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
                 partial_restore=True,
             ),
         )
-    arrays = {name.removesuffix(".value"): array for name, array in _flat(restored["params"][network])}
+    found, _ = jax.tree_util.tree_flatten_with_path(restored["params"][network])
+    names = (jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in found)
+    arrays = dict(zip(names, (array for _, array in found), strict=True))
     adapted = all(name.endswith(("lora_a", "lora_b")) for name in arrays)
     metadata = {
         "base_model": config["preset"],
@@ -141,20 +144,6 @@ def read_run(workdir: epath.Path, step: int | None = None, network: str = "") ->
     if score is not None:
         metadata["face_score"] = f"{score:.6f}"
     return Trained(network, arrays, adapted, metadata, config)
-
-
-def _as_numpy(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _as_numpy(value) for key, value in tree.items()}
-    return ocp.RestoreArgs(restore_type=np.ndarray)
-
-
-def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from _flat(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, tree
 
 
 def _score(workdir: epath.Path, step: int) -> float | None:

@@ -1,6 +1,7 @@
 """Where converted weights come from, written beside them and shown by `python -m convert inspect DIR`."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,4 @@ def show(directory: str) -> None:
         print(f"merged      {entry['name']} at {entry['strength']}")
     for name, (shape, dtype) in sorted(arrays.items()):
         print(f"  {name:44s}{dtype:10s}{'x'.join(map(str, shape))}")
-    print(f"{len(arrays)} arrays, {sum(_size(shape) for shape, _ in arrays.values()):,} parameters")
-
-
-def _size(shape: Sequence[int]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
+    print(f"{len(arrays)} arrays, {sum(math.prod(shape) for shape, _ in arrays.values()):,} parameters")

@@ -137,7 +137,6 @@ class Lora:
         source = delta.place.transform.inverse(np.broadcast_to(np.float32(0), shape)).shape
         down = self._checkpoint.shapes[delta.down]
         if not delta.up:
-            # Vectors are published with and without the axes of one.
             if tuple(down) != source:
                 return f"{delta.down} has shape {list(down)}, expected {list(source)}"
             return None

@@ -205,8 +205,9 @@ class LazyArray:
         self._added: Added = added or {}
 
     def plus(self, added: Added) -> "LazyArray":
-        """The same with something added."""
-        return LazyArray(list(self._parts.values()), self.shape, self._read, self.dtype, added)
+        """The same with something more added."""
+        together = {k: [*self._added.get(k, ()), *added.get(k, ())] for k in self._added.keys() | added.keys()}
+        return LazyArray(list(self._parts.values()), self.shape, self._read, self.dtype, together)
 
     @property
     def ndim(self) -> int:

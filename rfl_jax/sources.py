@@ -15,6 +15,7 @@ from convert.readers import PICKLES
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
 from rfl_jax.files import is_remote
+from rfl_jax.models.wan.config import DIT_PRESETS
 
 ORDER = ("high_noise_model", "low_noise_model", "text encoder", "vae")
 TOKENIZER_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -37,6 +38,11 @@ class Sources:
     vae: list[str]
     tokenizer: str
     reward: str
+
+
+def experts_of(cfg: Config) -> int:
+    """How many DiTs the preset has."""
+    return 1 if DIT_PRESETS[cfg.preset].boundary is None else 2
 
 
 def find_sources(cfg: Config, *, experts: int) -> Sources:
@@ -91,8 +97,8 @@ def _paths(text: str) -> list[list[str]]:
 
 
 def fetch(source: str) -> list[str]:
-    """Local files of a source: the source itself; `hub:org/name[:pattern]` and safetensors in buckets are fetched once
-    into the user's cache, where a broken download goes on.
+    """Local files of a source: the source itself; `hub:org/name[:pattern]` and checkpoints in buckets are fetched once
+    into the user's cache. From the hub a broken download goes on, from a bucket it begins anew.
 
     Args:
         source: path, `gs://` path, or hub reference. A pattern is of file names with folders; without one all weights
@@ -154,8 +160,9 @@ def _from_bucket(source: epath.Path) -> list[str]:
 
 
 def _copy(file: epath.Path, target: Path) -> None:
-    size = file.stat().length
-    if target.exists() and target.stat().st_size == size:
+    there = file.stat()
+    size = there.length
+    if target.exists() and target.stat().st_size == size and target.stat().st_mtime >= there.mtime:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.tmp")

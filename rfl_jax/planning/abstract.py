@@ -21,10 +21,10 @@ from rfl_jax.rewards.arcface import IResNetConfig
 from rfl_jax.rewards.face import FaceReward
 from rfl_jax.rewards.scrfd import SCRFDConfig, family
 from rfl_jax.sharding import make_mesh, micro_batches, replicated
-from rfl_jax.sources import find_sources
+from rfl_jax.sources import experts_of, find_sources
 from rfl_jax.training.optim import learning_rate, optimizer
 from rfl_jax.training.prefix import jit_prefix, prefix_arguments
-from rfl_jax.training.setup import experts_of, frozen_places, jit_step, samples_an_update, state_places
+from rfl_jax.training.setup import frozen_places, jit_step, samples_an_update, state_places
 from rfl_jax.training.state import Frozen, Networks, States, create_state, split_networks
 from rfl_jax.training.step import Sampler, caches_prefix, make_sampler, split_prefix
 

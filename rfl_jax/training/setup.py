@@ -21,7 +21,7 @@ from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.sharding import BATCH, batch_shards, check_rules, make_mesh, micro_batches, replicated, shardings
-from rfl_jax.sources import Sources, find_sources
+from rfl_jax.sources import Sources, experts_of, find_sources
 from rfl_jax.training.optim import learning_rate, optimizer
 from rfl_jax.training.prefix import jit_prefix, noises_of, open_dit, prefix_arguments, roll_out_prefix
 from rfl_jax.training.state import Frozen, Networks, States, TrainState, create_state, split_networks
@@ -217,11 +217,6 @@ EVALUATION = 0x5EED
 def evaluation_key(key: jax.Array) -> jax.Array:
     """The randomness of a run's evaluation."""
     return jax.random.fold_in(key, EVALUATION)
-
-
-def experts_of(cfg: Config) -> int:
-    """How many DiTs the preset has."""
-    return 1 if DIT_PRESETS[cfg.preset].boundary is None else 2
 
 
 def samples_an_update(cfg: Config, mesh: Mesh) -> int:

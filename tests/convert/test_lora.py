@@ -307,22 +307,17 @@ def command(monkeypatch, *arguments):
     convert_main()
 
 
-def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_path, capsys):
+def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_path):
     use_devices(monkeypatch)
     cfg = settings(save_steps=1)
     run = set_up(cfg, tmp_path / "first")
     state, _ = train(run, tmp_path / "first")
+
+    def export_first(*arguments):
+        command(monkeypatch, "export", "--workdir", tmp_path / "first", *arguments)
+
     (automatic,) = export_adapters(run, state, tmp_path / "first")
-    command(
-        monkeypatch,
-        "export",
-        "--workdir",
-        tmp_path / "first",
-        "--format",
-        "original",
-        "--dst",
-        tmp_path / "a.safetensors",
-    )
+    export_first("--format", "original", "--dst", tmp_path / "a.safetensors")
     exported = load_file(tmp_path / "a.safetensors")
     same = load_file(automatic)
     assert exported.keys() == same.keys()
@@ -334,31 +329,16 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     assert (metadata["network"], metadata["step"], metadata["rank"], metadata["alpha"]) == ("dit2", "2", "4", "4")
     assert float(metadata["face_score"]) == pytest.approx(line["face_score"], abs=1e-6)
     assert len(metadata["config_sha256"]) == 64
-    command(
-        monkeypatch, "export", "--workdir", tmp_path / "first", "--step", 1, "--format", "diffusers",
-        "--dst", tmp_path / "b.safetensors",
-    )  # fmt: skip
+    export_first("--step", 1, "--format", "diffusers", "--dst", tmp_path / "b.safetensors")
     earlier = load_file(tmp_path / "b.safetensors")
     assert not np.array_equal(
         earlier["transformer.blocks.0.attn1.to_q.lora_B.weight"], exported["blocks.0.self_attn.q.lora_B.weight"]
     )
-    command(
-        monkeypatch,
-        "export",
-        "--workdir",
-        tmp_path / "first",
-        "--format",
-        "peft",
-        "--dst",
-        tmp_path / "p" / "c.safetensors",
-    )
+    export_first("--format", "peft", "--dst", tmp_path / "p" / "c.safetensors")
     assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["r"] == 4
 
     # The whole network with them is the network that was trained.
-    command(
-        monkeypatch, "export", "--workdir", tmp_path / "first", "--merged", "--format", "original", "--dtype", "float32",
-        "--dst", tmp_path / "merged.safetensors",
-    )  # fmt: skip
+    export_first("--merged", "--format", "original", "--dtype", "float32", "--dst", tmp_path / "merged.safetensors")
     _, arrays = store.convert("dit", [str(tmp_path / "merged.safetensors")], num_heads=4, text_len=32)
     _, before = store.convert("dit", [str(ASSETS / DIT_FILES["dit2"])], dtype="float32")
     a, b = exported["blocks.0.ffn.0.lora_A.weight"], exported["blocks.0.ffn.0.lora_B.weight"]
@@ -374,7 +354,7 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
         (["--merged", "--format", "comfyui", "--dst", tmp_path / "x.safetensors"], "whole weights have the naming"),
     ):
         with pytest.raises(UserError, match=message):
-            command(monkeypatch, "export", "--workdir", tmp_path / "first", *bad)
+            export_first(*bad)
     assert not (tmp_path / "x.safetensors").exists()
 
     # What was exported is where another run begins, as a file or converted.
