@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("directory")
     out = commands.add_parser("export", help="what a run trained, for other tools")
     out.add_argument("--workdir", required=True, help="folder of the run")
-    out.add_argument("--step", type=int, help="of the checkpoint; default: the last")
+    out.add_argument("--step", default="", help="of the checkpoint, or best; default: the last")
     out.add_argument("--network", default="", choices=("", "dit", "dit2"), help="needed where both train")
     out.add_argument("--format", default="diffusers", choices=tuple(export.LORA_FORMATS), help="naming of the layers")
     out.add_argument("--merged", action="store_true", help="the whole network, adapters merged")

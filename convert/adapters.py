@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from convert import dit, store
 from convert.lora import Lora, adapters
@@ -38,6 +39,17 @@ def convert(file: str, preset: str = "") -> tuple[LoraConfig, dict[str, np.ndarr
         return LoraConfig(name, found.ranks.pop()), arrays
     assert refusal is not None
     raise refusal
+
+
+def network_of(file: str) -> str:
+    """The network that a file's header says its adapters are of; empty if it says nothing."""
+    if store.is_converted(file):
+        return ""
+    try:
+        with safe_open(file, "np") as content:
+            return (content.metadata() or {}).get("network", "")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: expected safetensors of adapters ({error})") from None
 
 
 def read(source: str, preset: str, targets: Sequence[str], rank: int) -> dict[str, np.ndarray]:

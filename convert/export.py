@@ -87,41 +87,48 @@ class Trained:
     config: dict[str, Any]
 
 
-def read_run(workdir: epath.Path, step: int | None = None, network: str = "") -> Trained:
-    """The trained weights of a run's checkpoint.
+# Where a run keeps the last checkpoints, and the one that its validation judged best.
+CHECKPOINTS, BEST = "checkpoints", "best"
+
+
+def find_checkpoint(workdir: epath.Path, step: str = "") -> epath.Path:
+    """The folder of a run's checkpoint.
 
     Args:
         workdir: of the run.
-        step: of the checkpoint; the last by default.
-        network: "dit" or "dit2"; needed where both train.
+        step: its number, or "best"; the last by default.
 
     Raises:
-        UserError: no such run, checkpoint or network.
+        UserError: no such run or checkpoint.
     """
-    file = workdir / "config.json"
-    if not file.exists():
-        raise UserError(f"--workdir: {workdir}: expected the folder of a run, with its config.json")
-    text = file.read_text()
-    config = json.loads(text)
-    folder = absolute(workdir / "checkpoints")
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir}: expected the folder of a run, with its config.json")
+    folder = absolute(workdir / (BEST if step == BEST else CHECKPOINTS))
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
     if not steps:
-        raise UserError(f"{workdir}/checkpoints: holds no checkpoint")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        raise UserError(f"--step: {workdir} has no checkpoint {step}, expected one of {', '.join(map(str, steps))}")
+        why = ": config.eval_every keeps one" if step == BEST else ""
+        raise UserError(f"{workdir}/{folder.name}: holds no checkpoint{why}")
+    number = str(steps[-1]) if step in ("", BEST) else step
+    if not number.isdigit() or int(number) not in steps:
+        raise UserError(
+            f"--step: {workdir} has no checkpoint {step}, expected one of {', '.join(map(str, steps))}, or {BEST}"
+        )
+    return folder / str(int(number))
+
+
+def trained_networks(checkpoint: epath.Path) -> list[str]:
+    """Networks that a checkpoint holds weights or adapters of."""
     with ocp.Checkpointer(array_handler()) as checkpointer:
-        tree = checkpointer.metadata(folder / str(step) / "state").item_metadata.tree
-        networks = sorted(set(tree["params"]) & {"dit", "dit2"})
-        if not networks or (network and network not in networks):
-            raise UserError(f"--network: {network or 'dit'}: the run trained {', '.join(tree['params'])}")
-        if not network and len(networks) > 1:
-            raise UserError(f"--network: the run trained {' and '.join(networks)}, expected one of them")
-        network = network or networks[0]
-        # Of the rest nothing is read.
+        return sorted(checkpointer.metadata(checkpoint / "state").item_metadata.tree["params"])
+
+
+def read_network(checkpoint: epath.Path, network: str) -> dict[str, np.ndarray]:
+    """What was trained of a network, by our paths. Of the other networks nothing is read."""
+    with ocp.Checkpointer(array_handler()) as checkpointer:
+        tree = checkpointer.metadata(checkpoint / "state").item_metadata.tree
         wanted = {"params": {network: tree["params"][network]}}
         restored = checkpointer.restore(
-            folder / str(step) / "state",
+            checkpoint / "state",
             ocp.args.PyTreeRestore(
                 wanted,
                 restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
@@ -130,17 +137,46 @@ def read_run(workdir: epath.Path, step: int | None = None, network: str = "") ->
         )
     found, _ = jax.tree_util.tree_flatten_with_path(restored["params"][network])
     names = (jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in found)
-    arrays = dict(zip(names, (array for _, array in found), strict=True))
-    adapted = all(name.endswith(("lora_a", "lora_b")) for name in arrays)
+    return dict(zip(names, (array for _, array in found), strict=True))
+
+
+def is_adapters(arrays: Iterable[str]) -> bool:
+    """Whether these are the names of adapters alone."""
+    return all(name.endswith(("lora_a", "lora_b")) for name in arrays)
+
+
+def read_run(workdir: epath.Path, step: str = "", network: str = "") -> Trained:
+    """The trained weights of a run's checkpoint.
+
+    Args:
+        workdir: of the run.
+        step: of the checkpoint, as in `find_checkpoint`.
+        network: "dit" or "dit2"; needed where both train.
+
+    Raises:
+        UserError: no such run, checkpoint or network.
+    """
+    checkpoint = find_checkpoint(workdir, step)
+    text = (workdir / "config.json").read_text()
+    config = json.loads(text)
+    trained = trained_networks(checkpoint)
+    networks = [name for name in trained if name in ("dit", "dit2")]
+    if not networks or (network and network not in networks):
+        raise UserError(f"--network: {network or 'dit'}: the run trained {', '.join(trained)}")
+    if not network and len(networks) > 1:
+        raise UserError(f"--network: the run trained {' and '.join(networks)}, expected one of them")
+    network = network or networks[0]
+    arrays = read_network(checkpoint, network)
+    adapted = is_adapters(arrays)
     metadata = {
         "base_model": config["preset"],
         "network": network,
-        "step": str(step),
+        "step": checkpoint.name,
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     if adapted:
         metadata |= {"rank": str(config["lora_rank"]), "alpha": str(config["lora_rank"])}
-    score = _score(workdir, step)
+    score = _score(workdir, int(checkpoint.name))
     if score is not None:
         metadata["face_score"] = f"{score:.6f}"
     return Trained(network, arrays, adapted, metadata, config)

@@ -288,9 +288,6 @@ def _check(cfg: Config) -> None:
     need(cfg.max_steps == -1 or cfg.max_steps >= 1, "max_steps", "at least 1, or -1 for whole epochs")
     need(cfg.model_name == "wan2_2", "model_name", "wan2_2")
     need(cfg.preset in DIT_PRESETS, "preset", f"one of {', '.join(DIT_PRESETS)}")
-    shape = DIT_PRESETS[cfg.preset]
-    takes_image = shape.in_dim > shape.out_dim or shape.first_frame_in_latents
-    need(takes_image, "preset", "a network that takes a first frame")
     need(cfg.lr_scheduler_type in SCHEDULERS, "lr_scheduler_type", f"one of {', '.join(SCHEDULERS)}")
     need(cfg.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
     need(cfg.remat_policy in ("", *remat.NAMES), "remat_policy", f"one of {', '.join(remat.NAMES)}, or empty")
@@ -354,6 +351,22 @@ def _check(cfg: Config) -> None:
         "eval.judge_model_path",
         "a folder, as eval.file_name is set",
     )
+
+
+def takes_image(cfg: Config) -> bool:
+    """Whether the network takes a first frame."""
+    shape = DIT_PRESETS[cfg.preset]
+    return shape.in_dim > shape.out_dim or shape.first_frame_in_latents
+
+
+def check_trainable(cfg: Config) -> None:
+    """Whether there is a face that training could keep.
+
+    Raises:
+        UserError: the network takes no first frame.
+    """
+    if not takes_image(cfg):
+        raise UserError(f"config.preset: expected a network that takes a first frame, got {cfg.preset!r}")
 
 
 def dumps(cfg: Config) -> str:

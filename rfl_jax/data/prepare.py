@@ -187,7 +187,7 @@ def prepare(encoders: Encoders, rows: Sequence[Row], cache: epath.Path, *, liste
             key = _row_hash(base, row)
             file = cache / f"{key}.npz"
             if not file.exists():
-                video = read_clip(row.video, **_clip_settings(cfg))
+                video = read_clip(row.video, **clip_settings(cfg))
                 values = encoders.sample(video, row.prompt)
                 if not values.pop("found")[0]:
                     raise UserError(f"{row.video}: no face in the first frame")
@@ -234,8 +234,23 @@ def negative_context(cfg: Config, sources: Sources) -> np.ndarray:
     return np.asarray(text.context(jnp.asarray(ids), jnp.asarray(mask))[0].astype(jnp.float32))
 
 
-def _clip_settings(cfg: Config) -> dict[str, int]:
-    multiple = 32 if DIT_PRESETS[cfg.preset].first_frame_in_latents else 16
+def clip_multiple(cfg: Config) -> int:
+    """What heights and widths are multiples of: two by two latents make a token."""
+    return 32 if DIT_PRESETS[cfg.preset].first_frame_in_latents else 16
+
+
+def video_size(cfg: Config) -> tuple[int, int, int]:
+    """Frames, height and width where no clip or image tells them: `data.height` and `data.width`, else the largest
+    square of `data.max_pixels`.
+    """
+    multiple = clip_multiple(cfg)
+    side = int(cfg.data.max_pixels**0.5) // multiple * multiple
+    return cfg.data.num_frames, cfg.data.height or side, cfg.data.width or side
+
+
+def clip_settings(cfg: Config) -> dict[str, int]:
+    """What `read_clip` is to make of a clip."""
+    multiple = clip_multiple(cfg)
     data = cfg.data
     for key in ("height", "width"):
         if getattr(data, key) % multiple:
@@ -253,7 +268,7 @@ def _settings_hash(cfg: Config, sources: Sources, judge: str) -> str:
     """Everything besides the row itself that a sample depends on."""
     settings = {
         "format": FORMAT,
-        "clip": _clip_settings(cfg),
+        "clip": clip_settings(cfg),
         "inputs": cfg.inputs,
         "preset": cfg.preset,
         "dtype": cfg.dtype,

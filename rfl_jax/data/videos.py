@@ -10,7 +10,7 @@ import av
 import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rfl_jax.errors import UserError
 from rfl_jax.files import write_whole
@@ -25,6 +25,34 @@ def _frames(path: Path) -> Iterator[Image.Image]:
                 yield frame.to_image()
     except (av.FFmpegError, OSError) as error:
         raise UserError(f"{path}: expected a readable video ({error})") from None
+
+
+def read_image(path: Path | str) -> Image.Image:
+    """A picture, upright.
+
+    Raises:
+        UserError: no such file, or not a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image.convert("RGB") if image.mode not in ("RGB", "RGBA") else image)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: expected a readable image ({error})") from None
+
+
+def first_frame(path: Path | str) -> Image.Image:
+    """The first frame of a video.
+
+    Raises:
+        UserError: unreadable, or without frames.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such video")
+    for image in _frames(Path(path)):
+        return image
+    raise UserError(f"{path}: 0 frames, expected at least one")
 
 
 def clip_length(available: int, longest: int) -> int:

@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from convert import store
-from rfl_jax.config import Config
-from rfl_jax.data.prepare import detector_file, embedder_file
+from rfl_jax.config import Config, check_trainable
+from rfl_jax.data.prepare import detector_file, embedder_file, video_size
 from rfl_jax.models.attention import kernel_for
 from rfl_jax.models.quantize import quantize
 from rfl_jax.models.umt5 import UMT5Config
@@ -62,15 +62,6 @@ class Plan:
     width: int
 
 
-def video_size(cfg: Config) -> tuple[int, int, int]:
-    """Frames, height and width that a run of this configuration is planned for: `data.height` and `data.width`, else
-    the largest square of `data.max_pixels`.
-    """
-    multiple = 32 if DIT_PRESETS[cfg.preset].first_frame_in_latents else 16
-    side = int(cfg.data.max_pixels**0.5) // multiple * multiple
-    return cfg.data.num_frames, cfg.data.height or side, cfg.data.width or side
-
-
 def on_devices(cfg: Config, devices: Sequence[Any]) -> tuple[Config, Mesh]:
     """The configuration with its mesh filled in, and the mesh of these devices.
 
@@ -87,6 +78,7 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
     """The step of a configuration on a mesh. Weights that the configuration names are described by their headers; where
     it names none, the published checkpoints of its preset are meant.
     """
+    check_trainable(cfg)
     dit = DIT_PRESETS[cfg.preset]
     sources = find_sources(cfg, experts=experts_of(cfg)) if cfg.model_paths else None
     vae = _describe("vae", sources.vae if sources else None, VAE_PRESETS["wan2_2" if dit.out_dim == 48 else "wan2_1"])
@@ -125,7 +117,7 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
         batch |= {name: samples(dit.text_len, dtype=jnp.int32) for name in ("ids", "mask")}
     else:
         batch["context"] = samples(dit.text_len, dit.text_dim)
-    if sampler.guidance != 1.0:
+    if sampler.guided:
         batch["negative_context"] = jax.ShapeDtypeStruct(
             (count, 1, dit.text_len, dit.text_dim), jnp.float32, sharding=replicated(mesh)
         )

@@ -30,21 +30,27 @@ class Phase:
     gradient: bool
 
 
+def experts_at(timesteps: Float[np.ndarray, " s"], boundary: float | None) -> list[str]:
+    """Which network serves each timestep in 0..1000: `dit` those of t >= boundary * 1000, `dit2` the rest; without a
+    boundary `dit` serves all.
+    """
+    # Compared in float32, like the reference's tensors: 0.9 * 1000 in float64 is not the same edge.
+    edge = np.float32((boundary or 0.0) * TRAIN_TIMESTEPS)
+    return ["dit" if boundary is None or t >= edge else "dit2" for t in timesteps]
+
+
 def plan_phases(levels: Float[np.ndarray, " n"], *, boundary: float | None, mid: int, final: int) -> tuple[Phase, ...]:
     """Splits steps 0..final into phases.
 
     Args:
         levels: from `sigmas`.
-        boundary: `dit` serves t >= boundary * 1000, `dit2` the rest; None: `dit` serves all.
+        boundary: between the networks, as in `experts_at`.
         mid: first step with gradient.
         final: last step that is run.
     """
-    timesteps = levels * TRAIN_TIMESTEPS
-    # Compared in float32, like the reference's tensors: 0.9 * 1000 in float64 is not the same edge.
-    edge = np.float32((boundary or 0.0) * TRAIN_TIMESTEPS)
     phases: list[Phase] = []
-    for i in range(final + 1):
-        expert, gradient = ("dit" if boundary is None or timesteps[i] >= edge else "dit2"), i >= mid
+    for i, expert in enumerate(experts_at(levels[: final + 1] * TRAIN_TIMESTEPS, boundary)):
+        gradient = i >= mid
         last = phases[-1] if phases else None
         if last and (last.expert, last.gradient) == (expert, gradient):
             phases[-1] = dataclasses.replace(last, stop=i + 1)

@@ -41,7 +41,7 @@ def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, int]:
         passes = 1
         if phase.gradient:
             passes = (2 if phase.expert in cfg.trained else 1) + again + 1
-        passes *= (phase.stop - phase.start) * (1 if sampler.guidance == 1.0 else 2)
+        passes *= (phase.stop - phase.start) * sampler.predictions(phase.expert)
         count[phase.expert] = count.get(phase.expert, 0) + passes
     return count
 
@@ -64,7 +64,7 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
     one = dit_forward(sampler.dit, tokens)
     needed = executed = 0.0
     for phase in sampler.phases:
-        passes = float(phase.stop - phase.start)
+        passes = float(phase.stop - phase.start) * sampler.predictions(phase.expert)
         if not phase.gradient:
             needed += passes * one.total
             executed += passes * one.total
@@ -76,5 +76,4 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
         again = {"none": 0.0, "save_attention": one.linear, "nested": 2 * one.total}.get(cfg.policy, one.total)
         needed += passes * (forward + backward + 2 * one.attention)
         executed += passes * (forward + backward + 2.5 * one.attention + again)
-    guided = samples * (1 if sampler.guidance == 1.0 else 2)
-    return guided * needed, guided * executed
+    return samples * needed, samples * executed

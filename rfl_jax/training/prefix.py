@@ -126,7 +126,7 @@ def roll_out_prefix(
         "weights": {name: [fingerprint(f) for f in paths] for name, paths in files.items()},
         "phases": [dataclasses.astuple(phase) for phase in sampler.phases],
         "levels": sampler.levels.tolist(),
-        "guidance": [sampler.guidance, cfg.sampling.negative_prompt],
+        "guidance": [cfg.sampling.guidance_scale, cfg.sampling.negative_prompt],
         "key": jax.random.key_data(key).tolist(),
         "dtype": [cfg.dtype, cfg.frozen_weights],
         "mode": mode,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from convert import adapters, store
 from rfl_jax import hosts
-from rfl_jax.config import Config
+from rfl_jax.config import Config, check_trainable
 from rfl_jax.data.dataset import check_shapes, make_iterator
 from rfl_jax.data.metadata import read_metadata
 from rfl_jax.data.prepare import Encoders, Prepared, negative_context, open_reward, open_text_encoder, prepare
@@ -282,6 +282,7 @@ def prepare_run(cfg: Config, workdir: epath.Path) -> Preparation:
     Raises:
         UserError: anything in the configuration or the data that cannot be used.
     """
+    check_trainable(cfg)
     sources = find_sources(cfg, experts=experts_of(cfg))
     check_weights(cfg, sources)
     prefix, sampler = split_prefix(cfg, make_sampler(cfg, DIT_PRESETS[cfg.preset]))
@@ -292,7 +293,7 @@ def prepare_run(cfg: Config, workdir: epath.Path) -> Preparation:
     prepared, held_out = prepare_clips(cfg, sources, cache)
     check_shapes(prepared, samples // cfg.gradient_accumulation_steps)
     constants = {}
-    if sampler.guidance != 1.0:
+    if sampler.guided:
         constants["negative_context"] = negative_context(cfg, sources)[None]
     steps_an_epoch = max(1, len(prepared) // cfg.train_batch_size)
     steps = cfg.max_steps if cfg.max_steps > 0 else cfg.num_train_epochs * steps_an_epoch

@@ -1,7 +1,7 @@
 """The loss of Reward Feedback Learning and the step that minimises it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -32,13 +32,22 @@ class Sampler:
         dit: shape of the DiTs.
         levels: sigmas.
         phases: who serves which steps.
-        guidance: classifier-free guidance scale; 1 is none.
+        guidance: classifier-free guidance scale of each expert; 1 is none.
     """
 
     dit: DiTConfig
     levels: Float[np.ndarray, " n"]
     phases: tuple[Phase, ...]
-    guidance: float
+    guidance: Mapping[str, float]
+
+    @property
+    def guided(self) -> bool:
+        """Whether any expert is guided, which takes the features of a negative prompt."""
+        return any(scale != 1.0 for scale in self.guidance.values())
+
+    def predictions(self, expert: str) -> int:
+        """Forward passes of one velocity."""
+        return 1 if self.guidance[expert] == 1.0 else 2
 
 
 def make_sampler(cfg: Config, dit: DiTConfig) -> Sampler:
@@ -58,7 +67,7 @@ def make_sampler(cfg: Config, dit: DiTConfig) -> Sampler:
                 f"config.trainable_models: {name} serves no step with gradient (steps {cfg.mid_timestep} to "
                 f"{cfg.final_timestep}), expected one of {', '.join(sorted(reached))} or a lower mid_timestep"
             )
-    return Sampler(dit, levels, phases, cfg.sampling.guidance_scale)
+    return Sampler(dit, levels, phases, dict.fromkeys(("dit", "dit2"), cfg.sampling.guidance_scale))
 
 
 def split_prefix(cfg: Config, sampler: Sampler) -> tuple[Sampler, Sampler]:
@@ -123,18 +132,21 @@ def bind_experts(
     """The experts with a batch's conditioning, and what is done to latents between steps.
 
     Args:
-        batch: "y" [b, t, h, w, c] conditioning, "context" [b, s, d] text features, and with guidance
-            "negative_context". The text encoder's tokens "ids" and "mask" instead of "context" where it trains.
+        batch: "y" [b, t, h, w, c] conditioning (none where no first frame is given), "context" [b, s, d] text
+            features, and with guidance "negative_context". The text encoder's tokens "ids" and "mask" instead of
+            "context" where it trains.
     """
     cfg = sampler.dit
-    y = batch["y"].astype(jnp.float32)
+    y = batch["y"].astype(jnp.float32) if "y" in batch else None
     context = batch.get("context")
     if "text_encoder" in networks.graphs:
         context = networks.build("text_encoder", params, frozen).context(batch["ids"], batch["mask"])
         context = context[:, : cfg.text_len]
 
-    def velocity(model: Any, context: Array | None) -> Velocity:
+    def velocity(model: Any, context: Array | None, scale: float) -> Velocity:
         def one(x: Array, t: Array, context: Array | None) -> Array:
+            if y is None:
+                return model(x, t, context)
             if not cfg.first_frame_in_latents:
                 return model(jnp.concatenate([x, y], -1), t, context)
             # TI2V: the tokens of the first latent frame, which is given, have timestep 0.
@@ -145,11 +157,11 @@ def bind_experts(
 
         def guided(x: Array, t: Array) -> Array:
             v = one(x, t, context)
-            if sampler.guidance == 1.0:
+            if scale == 1.0:
                 return v
             shape = (x.shape[0], *batch["negative_context"].shape[1:])
             away = one(x, t, jnp.broadcast_to(batch["negative_context"], shape))
-            return away + sampler.guidance * (v - away)
+            return away + scale * (v - away)
 
         return guided
 
@@ -157,16 +169,16 @@ def bind_experts(
     still = jax.lax.stop_gradient(params)
     still_context = None if context is None else jax.lax.stop_gradient(context)
     for name in {phase.expert for phase in sampler.phases}:
-        trains = name in params
-        reference = velocity(networks.build_reference(name, frozen), still_context) if trains else None
+        trains, scale = name in params, sampler.guidance[name]
+        reference = velocity(networks.build_reference(name, frozen), still_context, scale) if trains else None
         experts[name] = Expert(
-            velocity(networks.build(name, params, frozen), context),
+            velocity(networks.build(name, params, frozen), context, scale),
             reference,
-            velocity(networks.build(name, still, frozen), still_context),
+            velocity(networks.build(name, still, frozen), still_context, scale),
         )
 
     def keep(x: Array) -> Array:
-        return x.at[:, :1].set(y[:, :1]) if cfg.first_frame_in_latents else x
+        return x if y is None or not cfg.first_frame_in_latents else x.at[:, :1].set(y[:, :1])
 
     return experts, keep
 

@@ -1,0 +1,157 @@
+"""Videos from prompts and first frames.
+
+python -m rfl_jax.sample --config=FILE [--lora=RUN_OR_FILE] --image=FACE.png --prompt="..." --out=VIDEO.mp4
+python -m rfl_jax.sample --config=FILE [--lora=RUN_OR_FILE] --csv=ROWS.csv --out=FOLDER
+"""
+
+import csv
+import json
+from pathlib import Path
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from rfl_jax import cli
+from rfl_jax.config import Config, parse
+from rfl_jax.data.videos import first_frame, read_image, write_video
+from rfl_jax.errors import UserError
+from rfl_jax.hosts import is_writer
+from rfl_jax.sampling.pipeline import Options, Request, open_pipeline, options_of
+
+FPS = 16  # of the published checkpoints' clips (Wan2.2 `sample_fps`); the 5B's are 24
+
+
+def guidance_of(text: str | None) -> tuple[float, float] | None:
+    """Scales of the two experts: HIGH,LOW, or one for both.
+
+    Raises:
+        UserError: anything else.
+    """
+    if text is None:
+        return None
+    try:
+        high, *rest = map(float, text.split(","))
+        (low,) = rest or [high]
+    except ValueError:
+        raise UserError(f"--guidance: expected a number, or HIGH,LOW, got {text}") from None
+    return high, low
+
+
+def read_requests(file: str, seed: int) -> list[tuple[str, Request]]:
+    """File names and requests of a csv with the columns prompt, and as wanted image (or video, whose first frame is
+    taken), end_image, seed and out.
+
+    Args:
+        file: the csv; paths in it are relative to its folder.
+        seed: of its first row; the next rows count on where they give none.
+
+    Raises:
+        UserError: naming file and row.
+    """
+    path = Path(file)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            if "prompt" not in (reader.fieldnames or []):
+                raise UserError(f"{file}: column prompt is missing, expected prompt, and image or video")
+            rows = [(reader.line_num, row) for row in reader]
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}, expected a csv with the columns prompt, image") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: expected a UTF-8 csv ({error})") from None
+    if not rows:
+        raise UserError(f"{file}: no rows, expected at least one prompt")
+    found: dict[str, Request] = {}
+    for i, (number, row) in enumerate(rows):
+        try:
+            image = read_image(path.parent / row["image"]) if row.get("image") else None
+            if image is None and row.get("video"):
+                image = first_frame(path.parent / row["video"])
+            end = read_image(path.parent / row["end_image"]) if row.get("end_image") else None
+            name = row.get("out") or f"{number:04d}.mp4"
+            if row["prompt"] is None or name in found or Path(name).name != name or not name.endswith(".mp4"):
+                raise UserError(f"expected a prompt, and in out a name of its own that ends in .mp4, got {name}")
+            found[name] = Request(row["prompt"], image, end, int(row.get("seed") or seed + i))
+        except ValueError:
+            raise UserError(f"{file}: row {number}: seed: expected a whole number, got {row['seed']}") from None
+        except UserError as error:
+            raise UserError(f"{file}: row {number}: {error}") from None
+    return list(found.items())
+
+
+def _config() -> Config:
+    """The configuration of the command line, else that of the run in --lora."""
+    run = epath.Path(_LORA.value or ".") / "config.json"
+    if _CONFIG.value is None and _LORA.value and run.exists():
+        return parse(ConfigDict(json.loads(run.read_text())))
+    return cli.load_config(_CONFIG)
+
+
+def main() -> None:
+    cfg = _config()
+    if bool(_CSV.value) == (_PROMPT.value is not None):
+        raise UserError("--prompt: expected either a prompt or --csv=FILE")
+    if not _OUT.value:
+        raise UserError("--out: expected " + ("a folder" if _CSV.value else "a file that ends in .mp4"))
+    out = epath.Path(_OUT.value)
+    if _CSV.value:
+        if _IMAGE.value or _END_IMAGE.value:
+            raise UserError("--image: expected none, as --csv names the images")
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out: {out}: is a file, expected a folder")
+        requests = read_requests(_CSV.value, _SEED.value)
+    else:
+        if out.suffix != ".mp4":
+            raise UserError(f"--out: {out}: expected a file that ends in .mp4")
+        image = read_image(_IMAGE.value) if _IMAGE.value else None
+        end = read_image(_END_IMAGE.value) if _END_IMAGE.value else None
+        requests = [(out.name, Request(_PROMPT.value, image, end, _SEED.value))]
+        out = out.parent
+    options = _options(cfg)
+    pipeline = open_pipeline(cfg, lora=_LORA.value or "", step=_STEP.value)
+    for number, video in pipeline.sample([request for _, request in requests], options):
+        file = out / requests[number][0]
+        if is_writer():
+            write_video(file, video, fps=_FPS.value)
+            print(f"{file}: {video.shape[0]} frames of {video.shape[2]}x{video.shape[1]}")
+
+
+def _options(cfg: Config) -> Options:
+    try:
+        return options_of(
+            cfg,
+            steps=_STEPS.value,
+            shift=_SHIFT.value,
+            guidance=guidance_of(_GUIDANCE.value),
+            negative_prompt=_NEGATIVE.value,
+            solver=_SOLVER.value,
+            frames=_FRAMES.value,
+            height=_HEIGHT.value,
+            width=_WIDTH.value,
+        )
+    except UserError as error:
+        raise UserError(f"--{error}") from None
+
+
+if __name__ == "__main__":
+    _CONFIG = cli.define_config()
+    cli.define_distributed()
+    _LORA = flags.DEFINE_string("lora", None, "Folder of a run, or file of adapters; [NETWORK=]FILE, comma-separated.")
+    _STEP = flags.DEFINE_string("step", "", "Checkpoint of the run: a number, or best; default: the last.")
+    _IMAGE = flags.DEFINE_string("image", None, "First frame; none makes a video of text alone.")
+    _END_IMAGE = flags.DEFINE_string("end_image", None, "Last frame.")
+    _PROMPT = flags.DEFINE_string("prompt", None, "Caption.")
+    _CSV = flags.DEFINE_string("csv", None, "Many: columns prompt, and image or video, end_image, seed, out.")
+    _OUT = flags.DEFINE_string("out", None, "Video to write; with --csv a folder.")
+    _STEPS = flags.DEFINE_integer("steps", None, "Denoising steps; default: config.num_inference_steps.")
+    _SHIFT = flags.DEFINE_float("shift", None, "Of the schedule; default: config.sampling.shift.")
+    _GUIDANCE = flags.DEFINE_string("guidance", None, "Scale, or HIGH,LOW for the two experts; 1 is none.")
+    _NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What guidance steers away from.")
+    _SEED = flags.DEFINE_integer("seed", 0, "Of the noise; rows of a csv count on from it.")
+    _SOLVER = flags.DEFINE_string("solver", None, "euler (default, as in training) or unipc.")
+    _FRAMES = flags.DEFINE_integer("frames", None, "4n+1; default: config.data.num_frames.")
+    _HEIGHT = flags.DEFINE_integer("height", None, "Pixels; default: the first frame's shape.")
+    _WIDTH = flags.DEFINE_integer("width", None, "Pixels.")
+    _FPS = flags.DEFINE_integer("fps", FPS, "Frames a second.", lower_bound=1)
+    cli.run(main, "sample")
