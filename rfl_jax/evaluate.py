@@ -1,45 +1,33 @@
 """Before and after, on clips that were held out, judged by a network that was not the reward.
 
-`python -m rfl_jax.evaluate --workdir=RUN [--data=FILE.csv]` writes RUN/evaluation.json.
+`python -m rfl_jax.evaluate --workdir=RUN [--data=FILE.csv] [--step=best]` writes RUN/evaluation.json and RUN/evaluation/.
 """
 
-import dataclasses
-import functools
 import json
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
-from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from convert.export import BEST, find_checkpoint
 from rfl_jax import cli
 from rfl_jax.config import parse
-from rfl_jax.data.prepare import open_judge
-from rfl_jax.data.videos import to_uint8, write_video
+from rfl_jax.data.videos import write_video
 from rfl_jax.errors import UserError
+from rfl_jax.evaluation.figures import FIGURES, means
+from rfl_jax.evaluation.held_out import HeldOut, untrained
+from rfl_jax.evaluation.plots import bar_figure, drift_figure, png
+from rfl_jax.evaluation.statistics import compare
 from rfl_jax.files import write_whole
-from rfl_jax.hosts import is_writer, place
-from rfl_jax.rewards.face import Score, cosine_with_pool, usable_pool
-from rfl_jax.sampling.rollout import rollout
-from rfl_jax.sharding import replicated
+from rfl_jax.hosts import is_writer
 from rfl_jax.training.checkpoint import Checkpoints
-from rfl_jax.training.setup import Setup, evaluation_key, set_up
-from rfl_jax.training.state import Frozen, States, TrainState
-from rfl_jax.training.step import bind_experts, latent_shape, start_noise
+from rfl_jax.training.setup import Setup, set_up
+from rfl_jax.training.state import TrainState
 
-FIGURES = ("face_sim", "judge_sim", "motion", "face_fraction")
-BATCH = 8  # clips sampled together
-
-
-def motion(kps: np.ndarray, mask: np.ndarray) -> float:
-    """Mean absolute displacement of the five points between neighbouring frames that both have a face, in pixels."""
-    both = mask[1:] & mask[:-1]
-    return float(np.abs(np.diff(kps, axis=0))[both].mean()) if both.any() else 0.0
+NAMES = ("base", "tuned")
 
 
 def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, Any]:
@@ -48,100 +36,81 @@ def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, An
     Args:
         run: its `cfg.eval` names clips and judge.
         state: what was trained.
-        workdir: where evaluation.json and evaluation/*.mp4 are written.
+        workdir: where evaluation.json and evaluation/ (videos, plots) are written.
 
     Returns:
-        The content of evaluation.json.
+        The content of evaluation.json: of every figure the means of "base" and "tuned", "statistics" (intervals, sign
+        test), "drift" (mean similarity of each frame), and "clips" with their own figures, files and frames.
     """
-    cfg = run.cfg
-    key = evaluation_key(run.key)
-    reward = run.networks.build("reward", {}, run.frozen)
-    judge_graph, judge_weights = nnx.split(open_judge(reward, cfg.eval.judge_model_path))
-    whole = replicated(run.mesh)
-    judge_weights = jax.tree.map(lambda x: place(x, whole), judge_weights)
+    held_out = HeldOut(run)
+    params = dict(zip(NAMES, (untrained(run, state.params), state.params), strict=True))
+    clips: dict[int, dict[str, Any]] = {}
+    folder = workdir / "evaluation"
 
-    # All weights are arguments: what a jitted function closes over becomes a constant of its program.
-    @functools.partial(jax.jit, out_shardings=whole)
-    def sample(
-        params: States, frozen: Frozen, judge_weights: nnx.State, batch: dict[str, jax.Array], key: jax.Array
-    ) -> tuple[jax.Array, Score, jax.Array]:
-        sampler = run.rollout
-        experts, keep = bind_experts(run.networks, sampler, params, frozen, batch)
-        start = batch.get("prefix")
-        if start is None:
-            first = jnp.zeros_like(batch["sample"])
-            start = start_noise(key, batch["sample"], first, latent_shape(sampler, batch), "fresh")
-        # Without references: the KL is not asked for.
-        experts = {name: dataclasses.replace(e, reference=None) for name, e in experts.items()}
-        latents = rollout(experts, start, sampler.levels, sampler.phases, keep=keep).latents
-        video = jnp.clip(run.networks.build("vae", params, frozen).decode(latents), -1, 1)
-        score = run.networks.build("reward", params, frozen)(video, batch["pool"])
-        judge = nnx.merge(judge_graph, judge_weights)
-        frames = video.reshape(-1, *video.shape[2:])
-        embeddings = judge.embed(frames, score.kps.reshape(-1, 5, 2), score.mask.reshape(-1))
-        pool = batch["judge_pool"]
-        mask = usable_pool(pool, use_first_frame=cfg.reward.use_first_frame)
-        judged = cosine_with_pool(embeddings.reshape(*score.mask.shape, -1), pool, mask)
-        return video, score, judged
+    def written(number: int, name: str, video: np.ndarray) -> str:
+        file = folder / f"{number:03d}_{name}.mp4"
+        if is_writer():
+            write_video(file, video)
+        return f"{folder.name}/{file.name}"
 
-    params = {"base": untrained(run, state), "tuned": state.params}
-    clips = []
-    for start in tqdm(range(0, len(run.held_out), BATCH), desc="evaluate", disable=None):
-        items = run.held_out[start : start + BATCH]
-        loaded = [item.load() for item in items]
-        batch = {n: np.stack([values[n] for values in loaded]) for n in (*run.batch_names, "judge_pool")}
-        if items[0].prefix:
-            batch["prefix"] = np.stack([item.load_prefix(0) for item in items])
-        batch |= {"sample": np.arange(start, start + len(items), dtype=np.int32), **run.constants}
-        with jax.set_mesh(run.mesh):
-            found = {
-                name: jax.tree.map(np.asarray, sample(weights, run.frozen, judge_weights, batch, key))
-                for name, weights in params.items()
-            }
-        for i, item in enumerate(items):
-            clip: dict[str, Any] = {"video": item.row.video.name, "prompt": item.row.prompt}
-            for name, (video, score, judged) in found.items():
-                mask = score.mask[i]
-                clip[name] = {
-                    "face_sim": float(score.score[i]),
-                    "judge_sim": float(judged[i][mask].mean()) if mask.any() else 0.0,
-                    "motion": motion(score.kps[i], mask),
-                    "face_fraction": float(mask.mean()),
-                }
-                if is_writer():
-                    write_video(workdir / "evaluation" / f"{start + i:03d}_{name}.mp4", to_uint8(video[i]))
-            clips.append(clip)
-    result: dict[str, Any] = {
-        figure: {name: float(np.mean([c[name][figure] for c in clips])) for name in ("base", "tuned")}
-        for figure in FIGURES
-    }
-    result["clips"] = clips
+    with tqdm(total=len(held_out.items) * len(NAMES), desc="evaluate", disable=None) as bar:
+        for numbers in held_out.batches():
+            sampled = {}
+            for name in NAMES:
+                sampled[name] = held_out.sample(params[name], numbers)
+                bar.update(len(numbers))
+            for i, number in enumerate(numbers):
+                row = held_out.items[number].row
+                real = held_out.real(number)
+                clip: dict[str, Any] = {"video": row.video.name, "prompt": row.prompt}
+                clip["reference"] = {"file": written(number, "reference", real.video), "frames": real.frames()}
+                for name in NAMES:
+                    one = sampled[name][i]
+                    file = written(number, name, one.video)
+                    clip[name] = {**one.figures(), "file": file, "frames": one.frames()}
+                clips[number] = clip
+    result = summary([clips[number] for number in sorted(clips)])
+    result["step"] = int(state.step) // run.updates_per_step
     if is_writer():
+        write_whole(folder / "drift.png", png(drift_figure(result)))
+        write_whole(folder / "change.png", png(bar_figure(result)))
         write_whole(workdir / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
-def untrained(run: Setup, state: TrainState) -> States:
-    """The trainable weights as they were before training: adapters whose product is zero, or the frozen copies."""
-
-    def without_product(path: tuple, x: jax.Array) -> jax.Array:
-        return jnp.zeros_like(x) if "lora_b" in jax.tree_util.keystr(path) else x
-
-    return {
-        name: jax.tree_util.tree_map_with_path(without_product, params)
-        if name in run.networks.adapted
-        else jax.tree.map(lambda x: x.astype(jnp.float32), run.frozen.reference[name])
-        for name, params in state.params.items()
+def summary(clips: list[dict[str, Any]]) -> dict[str, Any]:
+    """The totals of evaluated clips, and the clips themselves."""
+    totals = {name: means([clip[name] for clip in clips]) for name in NAMES}
+    result: dict[str, Any] = {figure: {name: totals[name][figure] for name in NAMES} for figure in FIGURES}
+    result["statistics"] = {
+        figure: compare(*([clip[name][figure] for clip in clips] for name in NAMES)) for figure in FIGURES
     }
+    result["drift"] = {
+        figure: {name: drift([clip[name]["frames"][figure] for clip in clips]) for name in NAMES}
+        for figure in ("face_sim", "judge_sim")
+    }
+    return result | {"clips": clips}
+
+
+def drift(curves: list[list[float | None]]) -> list[float | None]:
+    """Mean similarity of each frame over the clips that have a face in it."""
+    longest = max(map(len, curves))
+    at = [[curve[t] for curve in curves if t < len(curve) and curve[t] is not None] for t in range(longest)]
+    return [float(np.mean(np.array(values, float))) if values else None for values in at]
 
 
 def show(result: dict[str, Any]) -> None:
     """A table on the terminal."""
-    print(f"{'held-out clips: ' + str(len(result['clips'])):24s}{'base':>10s}{'tuned':>10s}{'change':>10s}")
-    for figure in FIGURES:
-        base, tuned = result[figure]["base"], result[figure]["tuned"]
-        change = f"{(tuned / base - 1) * 100:+.1f} %" if base else "-"
-        print(f"{figure:24s}{base:10.4f}{tuned:10.4f}{change:>10s}")
+    count = len(result["clips"])
+    print(f"{'held-out clips: ' + str(count):52s}{'base':>9s}{'tuned':>9s}{'change (95 %)':>30s}{'rose/fell':>11s}{'p':>8s}")
+    for name, figure in FIGURES.items():
+        base, tuned = result[name]["base"], result[name]["tuned"]
+        found = result["statistics"][name]
+        bounds = found["change"]
+        text = f"{tuned - base:+.4f}" + (f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else "")
+        signs = f"{found['rose']}/{found['fell']}"
+        title = figure.title + (f" ({figure.unit})" if figure.unit else "")
+        print(f"{title:52s}{base:9.4f}{tuned:9.4f}{text:>30s}{signs:>11s}{found['p']:8.3f}")
 
 
 def main() -> None:
@@ -155,18 +124,21 @@ def main() -> None:
     cfg = parse(ConfigDict(values))
     if not cfg.eval.file_name:
         raise UserError("--data: expected a csv of held-out clips, as the run's config names none")
+    checkpoint = find_checkpoint(workdir, _STEP.value)
     run = set_up(cfg, workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    latest = checkpoints.latest()
-    if latest is None:
-        raise UserError(f"{workdir}/checkpoints: holds no checkpoint")
-    state, _, _ = checkpoints.restore(latest, run.state)
+    checkpoints = Checkpoints(workdir / checkpoint.parent.name)
+    state, _, _ = checkpoints.restore(int(checkpoint.name), run.state)
     checkpoints.close()
-    show(evaluate(run, state, workdir))
-    print(f"{workdir / 'evaluation.json'}")
+    result = evaluate(run, state, workdir)
+    if is_writer():
+        show(result)
+        print(f"written: {workdir / 'evaluation.json'}, {workdir / 'evaluation'}/")
+        print(f"next: python -m rfl_jax.report {workdir} -o report.html")
 
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+    cli.define_distributed()
     _DATA = flags.DEFINE_string("data", None, "csv of held-out clips; default: the run's eval.file_name.")
+    _STEP = flags.DEFINE_string("step", "", f"Checkpoint: a number, or {BEST}; default: the last.")
     cli.run(main, "evaluate")

@@ -173,8 +173,10 @@ def detect(
     return Faces(pick(boxes), pick(kps), pick(raw.scores), valid)
 
 
-def largest(faces: Faces) -> tuple[Float[Array, "b 5 2"], Bool[Array, " b"]]:
-    """Keypoints of each image's largest face (zeros where there is none), and whether there is one."""
+def largest(faces: Faces) -> tuple[Float[Array, "b 5 2"], Float[Array, "b 4"], Bool[Array, " b"]]:
+    """Keypoints and box of each image's largest face (zeros where there is none), and whether there is one."""
     area = (faces.boxes[..., 2] - faces.boxes[..., 0]) * (faces.boxes[..., 3] - faces.boxes[..., 1])
     index = jnp.argmax(jnp.where(faces.valid, area, -jnp.inf), 1)
-    return jnp.take_along_axis(faces.kps, index[:, None, None, None], 1)[:, 0], jnp.any(faces.valid, 1)
+    kps = jnp.take_along_axis(faces.kps, index[:, None, None, None], 1)[:, 0]
+    boxes = jnp.take_along_axis(faces.boxes, index[:, None, None], 1)[:, 0]
+    return kps, boxes, jnp.any(faces.valid, 1)

@@ -43,6 +43,7 @@ class Score:
         per_frame: [b, t] mean cosine with the pool, 0 without a face.
         mask: [b, t] whether the frame has a face.
         kps: [b, t, 5, 2] the chosen face's points in pixels.
+        boxes: [b, t, 4] its box x1, y1, x2, y2 in pixels.
         valid: [b] whether the sample has a face in its frames and in its pool.
     """
 
@@ -50,10 +51,11 @@ class Score:
     per_frame: Float[Array, "b t"]
     mask: Bool[Array, "b t"]
     kps: Float[Array, "b t 5 2"]
+    boxes: Float[Array, "b t 4"]
     valid: Bool[Array, " b"]
 
 
-jax.tree_util.register_dataclass(Score, ["score", "per_frame", "mask", "kps", "valid"], [])
+jax.tree_util.register_dataclass(Score, ["score", "per_frame", "mask", "kps", "boxes", "valid"], [])
 
 
 def cosine_with_pool(
@@ -101,13 +103,15 @@ class FaceReward(nnx.Module):
         self.embedder = embedder
         self.cfg = cfg
 
-    def find(self, frames: Float[Array, "n h w 3"]) -> tuple[Float[Array, "n 5 2"], Bool[Array, " n"]]:
-        """Points of each frame's largest face in pixels, and whether there is one; no gradient."""
+    def find(
+        self, frames: Float[Array, "n h w 3"]
+    ) -> tuple[Float[Array, "n 5 2"], Float[Array, "n 4"], Bool[Array, " n"]]:
+        """Points and box of each frame's largest face in pixels, and whether there is one; no gradient."""
         faces = detect(
             self.detector, jax.lax.stop_gradient(frames), size=self.cfg.detector_size, compat=self.cfg.compat
         )
-        kps, found = largest(faces)
-        return jax.lax.stop_gradient(kps), found
+        kps, boxes, found = largest(faces)
+        return jax.lax.stop_gradient(kps), jax.lax.stop_gradient(boxes), found
 
     def embed(self, frames: Float[Array, "n h w 3"], kps: Float[Array, "n 5 2"], found: Bool[Array, " n"]) -> Array:
         """Embeddings [n, e] of the faces at these points; zeros where there is none.
@@ -128,7 +132,7 @@ class FaceReward(nnx.Module):
 
     def pool(self, frames: Float[Array, "g h w 3"]) -> tuple[Float[Array, "g e"], Bool[Array, " g"]]:
         """Embeddings of a real clip's faces (zeros without one) and where they were found."""
-        kps, found = self.find(frames)
+        kps, _, found = self.find(frames)
         return self.embed(frames, kps, found), found
 
     def __call__(self, video: Float[Array, "b t h w 3"], pool: Float[Array, "b g e"]) -> Score:
@@ -143,11 +147,11 @@ class FaceReward(nnx.Module):
         extra = -t % context_shards()
         video = jnp.pad(jnp.clip(video, -1, 1), ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)), constant_values=-1)
         frames = pin_frames(pin(video, "context").reshape(-1, *video.shape[2:]))
-        kps, found = self.find(frames)
+        kps, boxes, found = self.find(frames)
         embeddings = self.embed(frames, kps, found).reshape(b, t + extra, -1)[:, :t]
-        kps, mask = kps.reshape(b, t + extra, 5, 2)[:, :t], found.reshape(b, t + extra)[:, :t]
+        kps, boxes, mask = (x.reshape(b, t + extra, *x.shape[1:])[:, :t] for x in (kps, boxes, found))
         pool_mask = usable_pool(pool, use_first_frame=self.cfg.use_first_frame)
         per_frame = cosine_with_pool(embeddings, pool, pool_mask) * mask
         score = jnp.sum(per_frame, 1) / jnp.maximum(jnp.sum(mask, 1), 1)
         valid = jnp.any(mask, 1) & jnp.any(pool_mask, 1)
-        return Score(score, per_frame, mask, kps, valid)
+        return Score(score, per_frame, mask, kps, boxes, valid)

@@ -67,6 +67,10 @@ class Networks:
     base: Mapping[str, nnx.GraphDef]
     adapted: tuple[str, ...]
 
+    def merge(self, name: str, state: nnx.State) -> Any:
+        """A network of which nothing trains, with its weights."""
+        return nnx.merge(self.graphs[name], state)
+
     def build(self, name: str, params: States, frozen: Frozen) -> Any:
         """The network with its current weights."""
         states = [s[name] for s in (params, frozen.rest) if name in s]

@@ -1,0 +1,138 @@
+"""What is measured of one video: identity, motion, copying of the first frame, and the picture itself."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """Attributes:
+    title: on tables and pages.
+    better: "higher" or "lower"; empty where neither is better by itself.
+    unit: of its values.
+    """
+
+    title: str
+    better: str
+    unit: str = ""
+
+
+FIGURES = {
+    "face_sim": Figure("FaceSim, reward's embedder", "higher"),
+    "judge_sim": Figure("FaceSim, judging embedder", "higher"),
+    "motion": Figure("motion of landmarks between frames", "", "px"),
+    "face_fraction": Figure("frames with a face", "higher"),
+    "dynamics": Figure("change of pixels between frames", "", "of 255"),
+    "copying": Figure("copying of the first frame's pose and expression", "lower"),
+    "flicker": Figure("temporal flicker", "lower", "of 255"),
+    "sharpness": Figure("sharpness", "higher"),
+}
+
+# Displacements, in sizes of the face, at which the similarity to the first frame has fallen to 1/e: a fifth of the
+# face's size for where it is and how it is turned in the picture, a twentieth for its points among each other.
+POSE_SCALE, EXPRESSION_SCALE = 0.2, 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A video and what the networks found in it.
+
+    Attributes:
+        video: frames.
+        face: cosine of each frame's face with the real clip's faces, by the reward's embedder; 0 without a face.
+        judge: the same by the embedder that only judges.
+        mask: whether a frame has a face.
+        kps: its five points in pixels.
+        boxes: its box x1, y1, x2, y2 in pixels.
+    """
+
+    video: UInt8[np.ndarray, "t h w 3"]
+    face: Float[np.ndarray, " t"]
+    judge: Float[np.ndarray, " t"]
+    mask: Bool[np.ndarray, " t"]
+    kps: Float[np.ndarray, "t 5 2"]
+    boxes: Float[np.ndarray, "t 4"]
+
+    def figures(self) -> dict[str, float]:
+        """The values of `FIGURES`. What needs a face is 0 where no frame has one."""
+        found = self.mask.any()
+        return {
+            "face_sim": float(self.face[self.mask].mean()) if found else 0.0,
+            "judge_sim": float(self.judge[self.mask].mean()) if found else 0.0,
+            "motion": motion(self.kps, self.mask),
+            "face_fraction": float(self.mask.mean()),
+            "dynamics": dynamics(self.video),
+            "copying": copying(self.kps, self.mask),
+            "flicker": flicker(self.video),
+            "sharpness": sharpness(self.video),
+        }
+
+    def frames(self) -> dict[str, list[Any]]:
+        """Per frame: similarities and boxes, null without a face."""
+
+        def where(values: Sequence[Any]) -> list[Any]:
+            return [value if there else None for value, there in zip(values, self.mask, strict=True)]
+
+        return {
+            "face_sim": where([round(float(x), 4) for x in self.face]),
+            "judge_sim": where([round(float(x), 4) for x in self.judge]),
+            "box": where([[round(float(x), 1) for x in box] for box in self.boxes]),
+        }
+
+
+def motion(kps: Float[np.ndarray, "t 5 2"], mask: Bool[np.ndarray, " t"]) -> float:
+    """Mean absolute displacement of the five points between neighbouring frames that both have a face, in pixels."""
+    both = mask[1:] & mask[:-1]
+    return float(np.abs(np.diff(kps, axis=0))[both].mean()) if both.any() else 0.0
+
+
+def copying(kps: Float[np.ndarray, "t 5 2"], mask: Bool[np.ndarray, " t"]) -> float:
+    """How much the later frames repeat the pose and the expression of frame 0, 1 for a video that stands still.
+
+    A frame's points are those of frame 0 after a similarity transform (pose: place, size, turn in the picture) and a
+    rest (expression, and turns out of the picture). Both are measured in sizes of the face, root mean square:
+    the mean of exp(-pose / 0.2) and exp(-rest / 0.05), over later frames with a face.
+    """
+    later = np.flatnonzero(mask[1:]) + 1
+    if not mask[0] or not later.size:
+        return 0.0
+    first = kps[0].astype(np.float64) @ np.array([1, 1j])
+    centre = first.mean()
+    size = np.sqrt(np.mean(np.abs(first - centre) ** 2))
+    values = []
+    for points in kps[later].astype(np.float64) @ np.array([1, 1j]):
+        # Least-squares similarity: one complex factor and an offset.
+        factor = np.vdot(first - centre, points - points.mean()) / np.sum(np.abs(first - centre) ** 2)
+        fitted = points.mean() + factor * (first - centre)
+        pose = np.sqrt(np.mean(np.abs(fitted - first) ** 2)) / size
+        rest = np.sqrt(np.mean(np.abs(points - fitted) ** 2)) / size
+        values.append((np.exp(-pose / POSE_SCALE) + np.exp(-rest / EXPRESSION_SCALE)) / 2)
+    return float(np.mean(values))
+
+
+def dynamics(video: UInt8[np.ndarray, "t h w 3"]) -> float:
+    """Mean absolute change of a pixel from frame to frame, of 255."""
+    return float(np.abs(np.diff(video.astype(np.int16), axis=0)).mean()) if len(video) > 1 else 0.0
+
+
+def flicker(video: UInt8[np.ndarray, "t h w 3"]) -> float:
+    """Mean absolute departure of a pixel from the mean of its neighbours in time, of 255: what moves evenly has none."""
+    x = video.astype(np.float32)
+    return float(np.abs(x[1:-1] - (x[:-2] + x[2:]) / 2).mean()) if len(video) > 2 else 0.0
+
+
+def sharpness(video: UInt8[np.ndarray, "t h w 3"]) -> float:
+    """Variance of the luma's Laplacian (four neighbours), mean over frames."""
+    luma = video.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    inner = luma[:, 1:-1, 1:-1]
+    laplacian = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * inner
+    return float(laplacian.var((1, 2)).mean())
+
+
+def means(clips: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each figure's mean over clips."""
+    return {name: float(np.mean([clip[name] for clip in clips])) for name in FIGURES}
