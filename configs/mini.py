@@ -25,11 +25,12 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.save_steps = 20
     config.sample_every = 20
+    config.eval_every = 10
     config.remat_policy = "none"
     config.reward.detector_size = SIZE
     config.data.num_frames = FRAMES
     config.data.max_pixels = SIZE * SIZE
     config.eval.file_name = str(clips("held_out"))
     config.eval.judge_model_path = judge_path()
-    config.eval.num_samples = 24
+    config.eval.num_samples = config.eval.validation_samples = 24
     return config

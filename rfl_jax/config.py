@@ -5,6 +5,7 @@ Top-level keys are the original's, with its names and meanings; what is added is
 
 import dataclasses
 import json
+import re
 import types
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -101,17 +102,33 @@ class DataSection:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSection:
-    """Evaluation after the last step.
+    """Evaluation after the last step, and validation while training runs.
 
     Attributes:
         file_name: csv of held-out clips; empty: no evaluation.
         judge_model_path: folder of antelopev2 files whose embedder only judges.
         num_samples: clips at most.
+        validation_samples: clips at most of a validation: the first of them.
+        max_motion_loss: share of the motion of the network before training; when more of it is gone while the reward
+            has risen, the alarm is given.
+        max_copying_rise: when the copying of the first frame (0..1) has risen by more, likewise.
     """
 
     file_name: str = ""
     judge_model_path: str = ""
     num_samples: int = 16
+    validation_samples: int = 8
+    max_motion_loss: float = 0.25
+    max_copying_rise: float = 0.08
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileSection:
+    """Attributes:
+    steps: steps to trace, "3-5" or "3"; empty: none.
+    """
+
+    steps: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +138,9 @@ class Config:
     Attributes:
         init_lora: adapters to begin with, in any naming that `convert.lora` reads; where several networks have
             adapters, NETWORK=FILE[,NETWORK=FILE]. The KL and the evaluation's "base" remain the network without.
+        eval_every: steps between validations on the held-out clips; 0: none.
+        early_stop: validations in a row without a better judging score after which training ends; 0: never.
+        wandb_project: of Weights & Biases, which is then told as well; empty: not.
     """
 
     learning_rate: float = 2.5e-6
@@ -159,6 +179,9 @@ class Config:
     init_lora: str = ""
     max_steps: int = -1
     sample_every: int = 25
+    eval_every: int = 0
+    early_stop: int = 0
+    wandb_project: str = ""
     dtype: str = "bfloat16"
     frozen_weights: str = ""
     frozen_memory: str = "device"
@@ -172,6 +195,12 @@ class Config:
     sampling: SamplingSection = SamplingSection()
     data: DataSection = DataSection()
     eval: EvalSection = EvalSection()
+    profile: ProfileSection = ProfileSection()
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last step to trace."""
+        return parse_steps(self.profile.steps)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -218,6 +247,13 @@ class Config:
         if not self.use_gradient_checkpointing:
             return "none"
         return "offload" if self.use_gradient_checkpointing_offload else "full"
+
+
+def parse_steps(text: str) -> tuple[int, int] | None:
+    """First and last step of "3-5" or "3"; None of an empty text, or of one that names no steps."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    return (first, last) if 1 <= first <= last else None
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -282,7 +318,7 @@ def _check(cfg: Config) -> None:
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "train_batch_size",
                 "save_steps", "logging_steps", "lora_rank", "num_inference_steps"):  # fmt: skip
         need(getattr(cfg, key) >= 1, key, "a whole number of at least 1")
-    for key in ("learning_rate", "weight_decay", "warmup_steps", "sample_every", "seed"):
+    for key in ("learning_rate", "weight_decay", "warmup_steps", "sample_every", "seed", "eval_every", "early_stop"):
         need(getattr(cfg, key) >= 0, key, "a number of at least 0")
     need(cfg.max_grad_norm > 0, "max_grad_norm", "a positive number")
     need(cfg.max_steps == -1 or cfg.max_steps >= 1, "max_steps", "at least 1, or -1 for whole epochs")
@@ -346,6 +382,13 @@ def _check(cfg: Config) -> None:
             "at least 1, or -1 for the rest",
         )
     need(dataclasses.astuple(cfg.mesh).count(-1) <= 1, "mesh.data", "at most one axis of -1")
+    for key in ("num_samples", "validation_samples"):
+        need(getattr(cfg.eval, key) >= 1, f"eval.{key}", "a whole number of at least 1")
+    need(0 < cfg.eval.max_motion_loss <= 1, "eval.max_motion_loss", "more than 0 and at most 1")
+    need(0 < cfg.eval.max_copying_rise <= 1, "eval.max_copying_rise", "more than 0 and at most 1")
+    need(not cfg.eval_every or bool(cfg.eval.file_name), "eval_every", "0, as eval.file_name names no held-out clips")
+    need(not cfg.early_stop or cfg.eval_every > 0, "early_stop", "0, as eval_every is")
+    need(not cfg.profile.steps or cfg.profiled is not None, "profile.steps", "steps such as 3-5, or 3")
     need(
         bool(cfg.eval.judge_model_path) or not cfg.eval.file_name,
         "eval.judge_model_path",

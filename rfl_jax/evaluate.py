@@ -102,7 +102,9 @@ def drift(curves: list[list[float | None]]) -> list[float | None]:
 def show(result: dict[str, Any]) -> None:
     """A table on the terminal."""
     count = len(result["clips"])
-    print(f"{'held-out clips: ' + str(count):52s}{'base':>9s}{'tuned':>9s}{'change (95 %)':>30s}{'rose/fell':>11s}{'p':>8s}")
+    print(
+        f"{'held-out clips: ' + str(count):52s}{'base':>9s}{'tuned':>9s}{'change (95 %)':>30s}{'rose/fell':>11s}{'p':>8s}"
+    )
     for name, figure in FIGURES.items():
         base, tuned = result[name]["base"], result[name]["tuned"]
         found = result["statistics"][name]

@@ -9,26 +9,35 @@ from rfl_jax.evaluate import evaluate, show
 from rfl_jax.hosts import is_writer
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
+from rfl_jax.training.metrics import check_wandb
 from rfl_jax.training.setup import set_up
 
 
 def main() -> None:
     cfg = cli.load_config(_CONFIG)
+    check_wandb(cfg)
     workdir = cli.open_workdir(_WORKDIR.value)
     run = set_up(cfg, workdir)
-    state, finished = train(run, workdir)
-    if not finished:
+    trained = train(run, workdir)
+    if not trained.finished:
         print(f"stopped; the same command goes on from here ({workdir})", file=sys.stderr)
         sys.exit(130)
-    files = export_adapters(run, state, workdir)
-    result = evaluate(run, state, workdir) if cfg.eval.file_name else None
+    files = export_adapters(run, trained.state, workdir)
+    result = evaluate(run, trained.state, workdir) if cfg.eval.file_name else None
     if not is_writer():
         return
-    for file in files:
-        print(f"adapters: {file}")
     if result:
         show(result)
-    print(f"run: {workdir} (metrics.jsonl, samples/, checkpoints/)")
+    if trained.step < run.steps:
+        print(f"ended at step {trained.step}: {cfg.early_stop} validations brought nothing better (config.early_stop)")
+    for line in trained.alarms:
+        print(f"ALARM at {line}")
+    if trained.best_step is not None:
+        print(f"best validation: step {trained.best_step} ({workdir / 'best'}/, --step=best)")
+    for file in files:
+        print(f"adapters: {file}")
+    print(f"run: {workdir} (metrics.jsonl, samples/, checkpoints/{', evaluation.json' if result else ''})")
+    print(f"next: python -m rfl_jax.report {workdir} -o report.html")
 
 
 if __name__ == "__main__":

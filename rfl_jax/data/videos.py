@@ -110,11 +110,17 @@ def read_clip(
     return np.stack(frames[: clip_length(len(frames), num_frames)]).astype(np.float32) / 127.5 - 1
 
 
-def write_video(path: Path | epath.Path, frames: UInt8[np.ndarray, "t h w 3"], *, fps: int = 16) -> None:
-    """Writes an H.264 mp4, whole or not at all."""
+def encode_video(frames: UInt8[np.ndarray, "t h w 3"], *, fps: int = 16, crf: int = 12) -> bytes:
+    """An H.264 mp4.
+
+    Args:
+        frames: of even height and width.
+        fps: frames a second.
+        crf: quality, 0 (best) to 51.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12"})
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf)})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
@@ -122,7 +128,12 @@ def write_video(path: Path | epath.Path, frames: UInt8[np.ndarray, "t h w 3"], *
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_video(path: Path | epath.Path, frames: UInt8[np.ndarray, "t h w 3"], *, fps: int = 16) -> None:
+    """Writes an H.264 mp4, whole or not at all."""
+    write_whole(path, encode_video(frames, fps=fps))
 
 
 def to_uint8(frames: Float[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:

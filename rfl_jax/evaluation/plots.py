@@ -96,7 +96,11 @@ def bar_figure(result: Mapping[str, Any]) -> Figure:
 
 
 def course_figure(
-    title: str, steps: Sequence[int], values: Sequence[float], marks: Mapping[int, float] | None = None, log: bool = False
+    title: str,
+    steps: Sequence[int],
+    values: Sequence[float],
+    marks: Mapping[int, float] | None = None,
+    log: bool = False,
 ) -> Figure:
     """A figure over the steps of training: every step, and a running mean over a twentieth of them.
 
@@ -110,7 +114,9 @@ def course_figure(
     axes.plot(steps, values, color=BASE, linewidth=0.8, alpha=0.6)
     axes.plot(steps, smooth(values), color=TUNED, linewidth=1.6, label="training")
     if marks:
-        axes.plot(list(marks), list(marks.values()), color="#b4540a", marker="o", markersize=4, linewidth=1, label="held out")
+        axes.plot(
+            list(marks), list(marks.values()), color="#b4540a", marker="o", markersize=4, linewidth=1, label="held out"
+        )
         axes.legend(loc="best")
     if log and min(values) > 0:
         axes.set_yscale("log")

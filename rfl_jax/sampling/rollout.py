@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,15 @@ class Rollout:
 
 
 jax.tree_util.register_dataclass(Rollout, ["latents", "trajectory", "kl"], [])
+
+
+# Parts of a step by which profiles divide its time; operators carry the name in theirs.
+PHASES = ("prefix", "no_grad_steps", "grad_steps", "vae", "reward", "optimizer")
+
+
+def phase_scope(name: str) -> AbstractContextManager[None]:
+    """Names the operators traced under it as those of a phase, one of `PHASES`."""
+    return jax.named_scope(f"rfl.{name}")
 
 
 def rollout(
@@ -98,7 +108,8 @@ def rollout(
 
         body = jax.checkpoint(step, prevent_cse=False) if nested and phase.gradient else step
         steps = (jnp.asarray(levels[phase.start : phase.stop]), jnp.asarray(levels[phase.start + 1 : phase.stop + 1]))
-        x, (states, divergences) = jax.lax.scan(body, x, steps, unroll=unroll and phase.gradient)
+        with phase_scope("grad_steps" if phase.gradient else "no_grad_steps"):
+            x, (states, divergences) = jax.lax.scan(body, x, steps, unroll=unroll and phase.gradient)
         if not phase.gradient:
             x, states = jax.lax.stop_gradient(x), jax.lax.stop_gradient(states)
         else:

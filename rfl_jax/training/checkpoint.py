@@ -31,6 +31,11 @@ class Checkpoints:
         """The last step that was written whole."""
         return self._manager.latest_step()
 
+    def forget_after(self, step: int) -> None:
+        """Removes checkpoints of later steps."""
+        for later in [s for s in self._manager.all_steps() if s > step]:
+            self._manager.delete(later)
+
     def save(self, step: int, state: TrainState, key: jax.Array, data: dict) -> None:
         """Starts writing; `close` waits for the end."""
         if step in self._manager.all_steps():

@@ -1,9 +1,15 @@
-"""The training loop: steps, figures, samples, checkpoints, and stopping without loss."""
+"""The training loop: steps, figures, samples, validations, checkpoints, and stopping without loss."""
 
+import dataclasses
 import itertools
+import json
+import platform
 import signal
 import time
+from datetime import UTC, datetime
+from importlib.metadata import version
 from types import FrameType
+from typing import Any
 
 import grain
 import jax
@@ -11,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from rfl_jax.config import dumps
+from rfl_jax.data.prepare import detector_file, embedder_file, fingerprint
 from rfl_jax.data.videos import write_video
 from rfl_jax.errors import UserError
 from rfl_jax.files import write_whole
@@ -18,10 +25,14 @@ from rfl_jax.hosts import any_host, is_writer, random_key
 from rfl_jax.training.checkpoint import Checkpoints, iterator_state
 from rfl_jax.training.flops import dit_flops
 from rfl_jax.training.metrics import Metrics, peak_flops
+from rfl_jax.training.profile import Compiled, Profiler
 from rfl_jax.training.setup import Setup
 from rfl_jax.training.state import TrainState
+from rfl_jax.training.validation import Validation
 
 FIGURES = ("loss", "face_score", "kl_loss", "grad_norm", "no_face_fraction", "learning_rate")
+VALIDATED = ("face_sim", "judge_sim", "motion", "copying", "face_fraction")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class _Stop:
@@ -42,29 +53,51 @@ class _Stop:
             signal.signal(number, handler)
 
 
-def train(run: Setup, workdir: epath.Path) -> tuple[TrainState, bool]:
-    """Runs to the last step, or to the interruption.
+@dataclasses.dataclass
+class Trained:
+    """What training ends with.
 
-    Returns:
-        The final state, and whether all steps are done.
+    Attributes:
+        state: after the last step.
+        finished: whether there is nothing left to do: all steps are done, or `early_stop` ended them.
+        step: the last.
+        best_step: of the best validation; None without validations.
+        alarms: of the validations, one line each.
     """
+
+    state: TrainState
+    finished: bool
+    step: int
+    best_step: int | None
+    alarms: list[str]
+
+
+def train(run: Setup, workdir: epath.Path) -> Trained:
+    """Runs to the last step, or to the interruption."""
     cfg = run.cfg
     checkpoints = Checkpoints(workdir / "checkpoints")
+    metrics: Metrics | None = None
+    validation: Validation | None = None
+    profiler: Profiler | None = None
     try:
         state, key, iterator, start = _resume(run, checkpoints)
+        validation = Validation(run, workdir, start) if cfg.eval_every else None
+        if is_writer():
+            write_whole(workdir / "config.json", dumps(cfg))
+            write_whole(workdir / "run.json", json.dumps(describe(run), indent=1) + "\n")
+            metrics = Metrics(cfg, workdir, start=start, total=run.steps)
+        profiler = Profiler(cfg.profiled, workdir, _keep_programs(run) if cfg.profiled else [])
     except BaseException:
-        checkpoints.close()
+        for opened in filter(None, (checkpoints, validation, metrics)):
+            opened.close()
         raise
-    metrics = None
-    if is_writer():
-        write_whole(workdir / "config.json", dumps(cfg))
-        metrics = Metrics(workdir, start=start, total=run.steps, every=cfg.logging_steps)
     peak = peak_flops()
     stop = _Stop()
     step = saved = start
-    stopping = False
+    stopping = validation is not None and validation.exhausted
     try:
         while step < run.steps and not stopping:
+            profiler.before(step + 1)
             begin = time.perf_counter()
             collected, flops = [], 0.0
             for samples in itertools.islice(iterator, run.updates_per_step):
@@ -78,21 +111,90 @@ def train(run: Setup, workdir: epath.Path) -> tuple[TrainState, bool]:
             step += 1
             stopping = any_host(stop.asked)
             mfu = flops / seconds / peak if peak else None
+            line: dict[str, Any] = {"step": step, **means, "step_time_s": seconds, "mfu": mfu}
+            traced = profiler.after(step, line)
+            if validation and not stopping and (step % cfg.eval_every == 0 or step == run.steps):
+                found = validation.check(step, state, key, iterator_state(iterator))
+                line |= {f"eval_{name}": found[name] for name in VALIDATED} | {"alarm": found["alarm"]}
+                stopping = validation.exhausted
             if metrics:
-                metrics.write({"step": step, **means, "step_time_s": seconds, "mfu": mfu})
+                metrics.write(line)
+                _notes(metrics, line, traced)
             if metrics and cfg.sample_every and (step % cfg.sample_every == 0 or step in (1, run.steps)):
-                write_video(workdir / "samples" / f"step_{step:06d}.mp4", np.asarray(collected[-1]["video"]))
+                video = np.asarray(collected[-1]["video"])
+                write_video(workdir / "samples" / f"step_{step:06d}.mp4", video)
+                metrics.video(step, video)
             if step % cfg.save_steps == 0 or step == run.steps or stopping:
                 checkpoints.save(step, state, key, iterator_state(iterator))
                 saved = step
+                if metrics:
+                    metrics.saved(step)
         if saved != step:
             checkpoints.save(step, state, key, iterator_state(iterator))
     finally:
         stop.release()
-        checkpoints.close()
-        if metrics:
-            metrics.close()
-    return state, step == run.steps
+        for opened in filter(None, (profiler, checkpoints, validation, metrics)):
+            opened.close()
+    finished = step == run.steps or (validation is not None and validation.exhausted)
+    alarms = (
+        [f"step {e['step']}: {e['alarm']}" for e in validation.record["validations"] if e["alarm"]]
+        if validation
+        else []
+    )
+    return Trained(state, finished, step, validation.best_step if validation else None, alarms)
+
+
+def _notes(metrics: Metrics, line: dict[str, Any], traced: dict[str, Any] | None) -> None:
+    """What deserves a line of its own."""
+    if "eval_face_sim" in line:
+        metrics.note(
+            f"step {line['step']}: held-out clips: "
+            + "  ".join(f"{name} {line[f'eval_{name}']:.4f}" for name in VALIDATED)
+        )
+        if line["alarm"]:
+            metrics.note(f"ALARM at step {line['step']}: {line['alarm']}")
+    if traced:
+        times = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in traced["phases"].items())
+        metrics.note(f"steps {traced['steps'][0]}-{traced['steps'][1]}: {times}")
+
+
+def _keep_programs(run: Setup) -> list[Compiled]:
+    """Lets the run's programs be read after they were compiled."""
+    run.jitted = Compiled(run.jitted)
+    programs = [run.jitted]
+    if run.jitted_prefix is not None:
+        run.jitted_prefix = Compiled(run.jitted_prefix)
+        programs.append(run.jitted_prefix)
+    return programs
+
+
+def describe(run: Setup) -> dict[str, Any]:
+    """With what a run is trained: versions, devices, weights."""
+    sources = run.sources
+    files = {
+        "dit": sources.dit,
+        "dit2": sources.dit2,
+        "text_encoder": sources.text_encoder,
+        "vae": sources.vae,
+        "detector": [detector_file(sources.reward)],
+        "embedder": [embedder_file(sources.reward)],
+    }
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "devices": {
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+            "mesh": dict(run.mesh.shape),
+        },
+        "weights": {name: {file: fingerprint(file) for file in paths} for name, paths in files.items() if paths},
+        "trained_parameters": {
+            name: sum(leaf.size for leaf in jax.tree.leaves(params)) for name, params in run.state.params.items()
+        },
+        "clips": {"trained_on": len(run.prepared), "held_out": len(run.held_out)},
+        "steps": run.steps,
+    }
 
 
 def _resume(run: Setup, checkpoints: Checkpoints) -> tuple[TrainState, jax.Array, grain.DatasetIterator, int]:

@@ -25,7 +25,7 @@ from rfl_jax.data.prepare import Prepared, Sample, fingerprint, write_arrays
 from rfl_jax.models.attention import kernel_for
 from rfl_jax.models.quantize import quantize
 from rfl_jax.models.wan.dit import DiT
-from rfl_jax.sampling.rollout import rollout
+from rfl_jax.sampling.rollout import phase_scope, rollout
 from rfl_jax.sharding import batch_shards, micro_batches, replicated, shardings
 from rfl_jax.sources import Sources
 from rfl_jax.training.state import Frozen, Networks
@@ -52,7 +52,8 @@ def jit_prefix(networks: Networks, sampler: Sampler, mesh: Mesh, *, mode: str) -
     def one(frozen: Frozen, batch: Batch, key: jax.Array) -> jax.Array:
         experts, keep = bind_experts(networks, sampler, {}, frozen, batch)
         noise = start_noise(key, batch["sample"], batch["noise_index"], latent_shape(sampler, batch), mode)
-        return rollout(experts, noise, sampler.levels, sampler.phases, keep=keep).latents
+        with phase_scope("prefix"):
+            return rollout(experts, noise, sampler.levels, sampler.phases, keep=keep).latents
 
     def run(frozen: Frozen, batch: Batch, key: jax.Array) -> jax.Array:
         return jax.lax.map(lambda micro: one(frozen, micro, key), batch)

@@ -16,7 +16,7 @@ from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DiTConfig
 from rfl_jax.remat import steps_options
 from rfl_jax.rewards.face import reward_loss
-from rfl_jax.sampling.rollout import Expert, Velocity, rollout
+from rfl_jax.sampling.rollout import Expert, Velocity, phase_scope, rollout
 from rfl_jax.sampling.schedule import Phase, plan_phases, sigmas
 from rfl_jax.training.state import Frozen, Networks, States, TrainState
 
@@ -198,8 +198,10 @@ def make_loss(
             shape = latent_shape(sampler, batch)
             start = start_noise(key, batch["sample"], batch["noise_index"], shape, cfg.noise.mode)
         out = rollout(experts, start, sampler.levels, sampler.phases, keep=keep, **steps_options(cfg.policy))
-        video = networks.build("vae", params, frozen).decode(out.latents)
-        score = networks.build("reward", params, frozen)(video, batch["pool"])
+        with phase_scope("vae"):
+            video = networks.build("vae", params, frozen).decode(out.latents)
+        with phase_scope("reward"):
+            score = networks.build("reward", params, frozen)(video, batch["pool"])
         # Samples without a face say nothing: no reward and no gradient of it.
         rewarded = jnp.where(score.valid, reward_loss(score.score), 0.0)
         kl = jnp.mean(out.kl)
@@ -239,8 +241,9 @@ def make_step(
         opt_state = state.opt_state
         if cfg.optimizer_memory != "device":
             opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
-        updates, opt_state = tx.update(grads, opt_state, state.params)
-        params = cast(States, optax.apply_updates(state.params, updates))
+        with phase_scope("optimizer"):
+            updates, opt_state = tx.update(grads, opt_state, state.params)
+            params = cast(States, optax.apply_updates(state.params, updates))
         metrics = {
             "loss": jnp.mean(figures["loss"]),
             "face_score": jnp.sum(figures["score_sum"]) / jnp.maximum(jnp.sum(figures["score_count"]), 1),

@@ -91,7 +91,7 @@ def world(request, tmp_path_factory):
                 num_heads=2,
                 dropout_rate=0.0,
                 feed_forward_proj="gated-gelu",
-            )  # fmt: skip
+            )
         ).eval(),
     }
     if cfg.boundary:
