@@ -126,6 +126,17 @@ def course_figure(
     return figure
 
 
+def validation_figure(title: str, steps: Sequence[int], values: Sequence[float]) -> Figure:
+    """A figure of the validations over the steps of training."""
+    figure, axes = _axes()
+    axes.axhline(values[0], color=BASE, linewidth=0.8, linestyle="--")
+    axes.plot(steps, values, color="#b4540a", marker="o", markersize=4)
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
 def smooth(values: Sequence[float]) -> list[float]:
     """Exponential mean over about a twentieth of the values, without the pull of its start."""
     rate = 1 / max(1.0, len(values) / 20)

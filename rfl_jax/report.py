@@ -1,0 +1,45 @@
+"""One page of a run that opens anywhere: `python -m rfl_jax.report RUN -o report.html`.
+
+RUN is a folder or gs://. While training runs the page shows what there is so far; the same command refreshes it.
+"""
+
+import argparse
+from typing import NoReturn
+
+from etils import epath
+
+from rfl_jax.errors import UserError, refuse_in_one_line
+from rfl_jax.files import write_whole
+from rfl_jax.reporting.collect import read_run
+from rfl_jax.reporting.page import render
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main() -> None:
+    parser = _Parser(
+        prog="python -m rfl_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    parser.add_argument("-o", "--out", default="report.html", help="page to write (default: %(default)s)")
+    parser.add_argument("--gallery", type=int, default=12, metavar="N", help="clips shown at most (default: %(default)s)")
+    args = parser.parse_args()
+    if args.gallery < 0:
+        raise UserError(f"--gallery: expected a number of at least 0, got {args.gallery}")
+    out = epath.Path(args.out)
+    if out.is_dir():
+        raise UserError(f"--out: {out}: is a folder, expected a file")
+    page = render(read_run(epath.Path(args.run)), most=args.gallery)
+    try:
+        write_whole(out, page)
+    except OSError as error:
+        raise UserError(f"--out: {out}: cannot be written ({error.strerror or error})") from None
+    print(f"{out}: {len(page.encode()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    with refuse_in_one_line("report"):
+        main()

@@ -1,0 +1,133 @@
+"""What a run's folder holds, finished or not."""
+
+import base64
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import av
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from rfl_jax.data.videos import encode_video
+from rfl_jax.errors import UserError
+
+# Larger videos are scaled down and encoded anew for the page.
+EMBEDDED_BYTES, EMBEDDED_SIDE, EMBEDDED_CRF = 400_000, 480, 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Attributes:
+    folder: of the run.
+    config, about: config.json and run.json.
+    lines: of metrics.jsonl.
+    validation, evaluation, profile: their files' content; None where there is none yet.
+    """
+
+    folder: epath.Path
+    config: dict[str, Any]
+    about: dict[str, Any]
+    lines: list[dict[str, Any]]
+    validation: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    profile: dict[str, Any] | None
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return self.lines[-1]["step"] if self.lines else 0
+
+    @property
+    def total(self) -> int:
+        return self.about.get("steps", self.steps)
+
+    @property
+    def samples(self) -> list[epath.Path]:
+        """Videos of training, in their order."""
+        folder = self.folder / "samples"
+        return sorted(f for f in folder.iterdir() if f.name.endswith(".mp4")) if folder.is_dir() else []
+
+
+def read_run(folder: epath.Path) -> Run:
+    """Reads a run as it is now.
+
+    Raises:
+        UserError: the folder is no run's, or a file of it cannot be read.
+    """
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: expected the folder of a run, with its config.json")
+    return Run(
+        folder,
+        _json(folder / "config.json") or {},
+        _json(folder / "run.json") or {},
+        _lines(folder / "metrics.jsonl"),
+        _json(folder / "validation.json"),
+        _json(folder / "evaluation.json"),
+        _json(folder / "profile.json"),
+    )
+
+
+def _json(file: epath.Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: expected JSON ({error})") from None
+
+
+def _lines(file: epath.Path) -> list[dict[str, Any]]:
+    """All whole lines: the last may be on its way while training runs."""
+    if not file.exists():
+        return []
+    text = file.read_text()
+    whole, _, rest = text.rpartition("\n")
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise UserError(f"{file}: expected a JSON object a line ({error})") from None
+
+
+def embed(file: epath.Path) -> str:
+    """A video as a data URL, smaller if it is large.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError:
+        raise UserError(f"{file}: no such video, which evaluation.json names") from None
+    if len(content) > EMBEDDED_BYTES:
+        content = _smaller(content, file)
+    return "data:video/mp4;base64," + base64.b64encode(content).decode()
+
+
+def _smaller(content: bytes, file: epath.Path) -> bytes:
+    frames = []
+    try:
+        with av.open(io.BytesIO(content)) as container:
+            rate = container.streams.video[0].average_rate
+            for frame in container.decode(video=0):
+                image = frame.to_image()
+                scale = min(1.0, EMBEDDED_SIDE / max(image.size))
+                size = tuple(max(2, round(side * scale) // 2 * 2) for side in image.size)
+                frames.append(np.asarray(image.resize(size, Image.Resampling.LANCZOS)))
+    except (av.FFmpegError, IndexError) as error:
+        raise UserError(f"{file}: expected a readable video ({error})") from None
+    return encode_video(np.stack(frames), fps=round(rate or 16), crf=EMBEDDED_CRF)
+
+
+def changed(config: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, bool]]:
+    """Every setting by its dotted name, and whether it differs from the default."""
+    rows = []
+    for name, value in sorted(config.items()):
+        if isinstance(value, Mapping):
+            rows += changed(value, defaults.get(name, {}), f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, value, value != defaults.get(name)))
+    return rows

@@ -1,0 +1,138 @@
+"""The page of a run: figures, plots and videos in one file that needs nothing else."""
+
+import dataclasses
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import jinja2
+
+from rfl_jax.config import Config
+from rfl_jax.evaluation import plots
+from rfl_jax.evaluation.figures import FIGURES
+from rfl_jax.reporting.collect import Run, changed, embed
+
+WAYS = ("reference", "base", "tuned")
+TITLES = {"reference": "real clip", "base": "before", "tuned": "after"}
+# Samples of training on the page of a run that is not evaluated yet.
+LAST_SAMPLES = 3
+
+
+def render(run: Run, *, most: int) -> str:
+    """The page as HTML.
+
+    Args:
+        run: as it is now.
+        most: clips in the gallery, those that training helped least first.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rfl_jax.reporting", "."), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("page.html.j2").render(
+        run=run,
+        name=run.folder.name,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        done=run.steps >= run.total > 0,
+        alarms=[entry for entry in (run.validation or {}).get("validations", []) if entry["alarm"]],
+        figures=_figures(run),
+        charts=_charts(run),
+        clips=_clips(run, most),
+        clips_in_all=len(run.evaluation["clips"]) if run.evaluation else 0,
+        samples=[] if run.evaluation else [(f.name, embed(f)) for f in run.samples[-LAST_SAMPLES:]],
+        titles=TITLES,
+        settings=changed(run.config, dataclasses.asdict(Config())),
+        about=run.about,
+        profile=run.profile,
+    )
+
+
+def _figures(run: Run) -> list[dict[str, Any]]:
+    """Rows of the table: the numbers of evaluation.json."""
+    if not run.evaluation:
+        return []
+    rows = []
+    for name, figure in FIGURES.items():
+        base, tuned = (run.evaluation[name][way] for way in ("base", "tuned"))
+        change = tuned - base
+        good = {"higher": 1, "lower": -1}.get(figure.better, 0) * change
+        rows.append(
+            {
+                "name": name,
+                "title": figure.title,
+                "unit": figure.unit,
+                "better": figure.better,
+                "base": base,
+                "tuned": tuned,
+                "change": change,
+                "verdict": "good" if good > 0 else "bad" if good < 0 else "",
+                **{f"{way}_interval": run.evaluation["statistics"][name][way] for way in ("base", "tuned", "change")},
+                **{key: run.evaluation["statistics"][name][key] for key in ("rose", "fell", "p")},
+            }
+        )
+    return rows
+
+
+def _charts(run: Run) -> list[tuple[str, str]]:
+    """Titles and drawings."""
+    drawn = []
+
+    def course(title: str, key: str, marks: str = "", log: bool = False) -> None:
+        lines = [line for line in run.lines if line.get(key) is not None]
+        if not lines:
+            return
+        held_out = {line["step"]: line[marks] for line in run.lines if marks and line.get(marks) is not None}
+        figure = plots.course_figure(
+            title, [line["step"] for line in lines], [line[key] for line in lines], held_out, log=log
+        )
+        drawn.append((title, figure))
+
+    def validated(title: str, key: str) -> None:
+        lines = [line for line in run.lines if line.get(key) is not None]
+        base = (run.validation or {}).get("base")
+        if lines:
+            steps, values = [line["step"] for line in lines], [line[key] for line in lines]
+            if base:
+                steps, values = [0, *steps], [base[key.removeprefix("eval_")], *values]
+            drawn.append((title, plots.validation_figure(title, steps, values)))
+
+    if run.evaluation:
+        drawn.append(("identity from frame to frame", plots.drift_figure(run.evaluation)))
+        drawn.append(("change by training", plots.bar_figure(run.evaluation)))
+    course("reward: face similarity", "face_score", "eval_face_sim")
+    validated("held out: judging embedder", "eval_judge_sim")
+    validated("held out: motion, px", "eval_motion")
+    validated("held out: copying of the first frame", "eval_copying")
+    course("loss", "loss")
+    course("KL to the untrained network", "kl_loss", log=True)
+    course("gradient norm", "grad_norm", log=True)
+    course("learning rate", "learning_rate")
+    course("samples without a face", "no_face_fraction")
+    course("seconds a step", "step_time_s")
+    course("MFU", "mfu")
+    if run.profile:
+        drawn.append(("time of a step by phase", plots.phases_figure(run.profile["phases"])))
+    return [(title, plots.svg(figure, title)) for title, figure in drawn]
+
+
+def _clips(run: Run, most: int) -> list[dict[str, Any]]:
+    """Clips with their videos, those that the judging embedder sees gain least first."""
+    if not run.evaluation:
+        return []
+
+    def gain(clip: dict[str, Any]) -> float:
+        return clip["tuned"]["judge_sim"] - clip["base"]["judge_sim"]
+
+    clips = []
+    for clip in sorted(run.evaluation["clips"], key=gain)[:most]:
+        videos = [
+            {
+                "way": way,
+                "source": embed(run.folder / clip[way]["file"]),
+                "frames": json.dumps(clip[way]["frames"]),
+                "figures": {k: clip[way].get(k) for k in ("face_sim", "judge_sim", "motion", "copying")},
+            }
+            for way in WAYS
+        ]
+        clips.append({"video": clip["video"], "prompt": clip["prompt"], "gain": gain(clip), "videos": videos})
+    return clips
