@@ -138,7 +138,7 @@ class Config:
     Attributes:
         init_lora: adapters to begin with, in any naming that `convert.lora` reads; where several networks have
             adapters, NETWORK=FILE[,NETWORK=FILE]. The KL and the evaluation's "base" remain the network without.
-        eval_every: steps between validations on the held-out clips; 0: none.
+        eval_every: steps between validations on the clips of `eval.file_name`; 0: none.
         early_stop: validations in a row without a better judging score after which training ends; 0: never.
         wandb_project: of Weights & Biases, which is then told as well; empty: not.
     """
@@ -196,6 +196,11 @@ class Config:
     data: DataSection = DataSection()
     eval: EvalSection = EvalSection()
     profile: ProfileSection = ProfileSection()
+
+    @property
+    def validates(self) -> bool:
+        """Whether held-out clips are judged while training runs."""
+        return self.eval_every > 0 and bool(self.eval.file_name)
 
     @property
     def profiled(self) -> tuple[int, int] | None:
@@ -386,7 +391,6 @@ def _check(cfg: Config) -> None:
         need(getattr(cfg.eval, key) >= 1, f"eval.{key}", "a whole number of at least 1")
     need(0 < cfg.eval.max_motion_loss <= 1, "eval.max_motion_loss", "more than 0 and at most 1")
     need(0 < cfg.eval.max_copying_rise <= 1, "eval.max_copying_rise", "more than 0 and at most 1")
-    need(not cfg.eval_every or bool(cfg.eval.file_name), "eval_every", "0, as eval.file_name names no held-out clips")
     need(not cfg.early_stop or cfg.eval_every > 0, "early_stop", "0, as eval_every is")
     need(not cfg.profile.steps or cfg.profiled is not None, "profile.steps", "steps such as 3-5, or 3")
     need(

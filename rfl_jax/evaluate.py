@@ -30,19 +30,20 @@ from rfl_jax.training.state import TrainState
 NAMES = ("base", "tuned")
 
 
-def evaluate(run: Setup, state: TrainState, workdir: epath.Path) -> dict[str, Any]:
+def evaluate(run: Setup, state: TrainState, workdir: epath.Path, held_out: HeldOut | None = None) -> dict[str, Any]:
     """Samples every held-out clip with the untrained and the trained weights from the same noise.
 
     Args:
         run: its `cfg.eval` names clips and judge.
         state: what was trained.
         workdir: where evaluation.json and evaluation/ (videos, plots) are written.
+        held_out: of the run, where it is compiled already.
 
     Returns:
         The content of evaluation.json: of every figure the means of "base" and "tuned", "statistics" (intervals, sign
         test), "drift" (mean similarity of each frame), and "clips" with their own figures, files and frames.
     """
-    held_out = HeldOut(run)
+    held_out = held_out or HeldOut(run)
     params = dict(zip(NAMES, (untrained(run, state.params), state.params), strict=True))
     clips: dict[int, dict[str, Any]] = {}
     folder = workdir / "evaluation"

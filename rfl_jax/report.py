@@ -25,7 +25,9 @@ def main() -> None:
     )
     parser.add_argument("run", metavar="RUN", help="folder of the run")
     parser.add_argument("-o", "--out", default="report.html", help="page to write (default: %(default)s)")
-    parser.add_argument("--gallery", type=int, default=12, metavar="N", help="clips shown at most (default: %(default)s)")
+    parser.add_argument(
+        "--gallery", type=int, default=12, metavar="N", help="clips shown at most (default: %(default)s)"
+    )
     args = parser.parse_args()
     if args.gallery < 0:
         raise UserError(f"--gallery: expected a number of at least 0, got {args.gallery}")

@@ -106,7 +106,7 @@ def main() -> None:
             raise UserError(f"--out: {out}: expected a file that ends in .mp4")
         image = read_image(_IMAGE.value) if _IMAGE.value else None
         end = read_image(_END_IMAGE.value) if _END_IMAGE.value else None
-        requests = [(out.name, Request(_PROMPT.value, image, end, _SEED.value))]
+        requests = [(out.name, Request(str(_PROMPT.value), image, end, _SEED.value))]
         out = out.parent
     options = _options(cfg)
     pipeline = open_pipeline(cfg, lora=_LORA.value or "", step=_STEP.value)

@@ -16,6 +16,8 @@ from rfl_jax.training.setup import set_up
 def main() -> None:
     cfg = cli.load_config(_CONFIG)
     check_wandb(cfg)
+    if cfg.eval_every and not cfg.validates:
+        print("config.eval_every: no validation, as eval.file_name names no held-out clips", file=sys.stderr)
     workdir = cli.open_workdir(_WORKDIR.value)
     run = set_up(cfg, workdir)
     trained = train(run, workdir)
@@ -23,7 +25,7 @@ def main() -> None:
         print(f"stopped; the same command goes on from here ({workdir})", file=sys.stderr)
         sys.exit(130)
     files = export_adapters(run, trained.state, workdir)
-    result = evaluate(run, trained.state, workdir) if cfg.eval.file_name else None
+    result = evaluate(run, trained.state, workdir, trained.held_out) if cfg.eval.file_name else None
     if not is_writer():
         return
     if result:

@@ -29,22 +29,25 @@ class HeldOut:
 
     Args:
         run: whose `cfg.eval` names clips and judge.
-        clips: at most so many of them.
     """
 
-    def __init__(self, run: Setup, clips: int | None = None) -> None:
+    def __init__(self, run: Setup) -> None:
         self.run = run
-        self.items = run.held_out[:clips]
+        self.items = run.held_out
         self._key = evaluation_key(run.key)
         self._whole = replicated(run.mesh)
         reward = run.networks.build("reward", {}, run.frozen)
         self._judge_graph, judge = nnx.split(open_judge(reward, run.cfg.eval.judge_model_path))
         self._judge = jax.tree.map(lambda x: hosts.place(x, self._whole), judge)
 
-    def batches(self) -> Iterator[list[int]]:
-        """Numbers of the clips that are sampled together: those of one size, as many as in training."""
+    def batches(self, clips: int | None = None) -> Iterator[list[int]]:
+        """Numbers of the clips that are sampled together: those of one size, as many as in training.
+
+        Args:
+            clips: at most so many, the first; all by default.
+        """
         size = self.run.cfg.per_device_train_batch_size * batch_shards(self.run.mesh)
-        shapes = [item.load()["y"].shape for item in self.items]
+        shapes = [item.load()["y"].shape for item in self.items[:clips]]
         for shape in dict.fromkeys(shapes):
             same = [i for i, found in enumerate(shapes) if found == shape]
             for start in range(0, len(same), size):

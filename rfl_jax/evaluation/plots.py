@@ -1,19 +1,21 @@
 """Plots of an evaluation and of a run's course, for files and for the report's page."""
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rfl_jax.evaluation.figures import FIGURES
 
 BASE, TUNED, INK, GRID = "#8a93a3", "#0b6e99", "#1f2733", "#e3e7ec"
 COLOURS = {"base": BASE, "tuned": TUNED}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif", "font.size": 9, "axes.edgecolor": GRID, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "legend.frameon": False,
@@ -21,10 +23,23 @@ STYLE = {
 }  # fmt: skip
 
 
+P = ParamSpec("P")
+
+
+def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Lets a function draw in `STYLE`."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **options: P.kwargs) -> Figure:
+        with rc_context(STYLE):
+            return draw(*args, **options)
+
+    return styled
+
+
 def _axes(width: float = 4.6, height: float = 2.7) -> tuple[Figure, Axes]:
-    with rc_context(STYLE):
-        figure = Figure((width, height), layout="constrained")
-        return figure, figure.add_subplot()
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def png(figure: Figure) -> bytes:
@@ -54,6 +69,7 @@ def svg(figure: Figure, label: str) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view} role="img" aria-label="{label}">{rest}'
 
 
+@_styled
 def drift_figure(result: Mapping[str, Any], figure_name: str = "judge_sim") -> Figure:
     """Similarity to the real face from frame to frame, mean and 95 % band of the mean over clips."""
     figure, axes = _axes()
@@ -72,11 +88,12 @@ def drift_figure(result: Mapping[str, Any], figure_name: str = "judge_sim") -> F
     axes.set_title("identity from frame to frame")
     axes.set_xlabel("frame")
     axes.set_ylabel(FIGURES[figure_name].title, fontsize=8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="best")
     return figure
 
 
+@_styled
 def bar_figure(result: Mapping[str, Any]) -> Figure:
     """Every figure before and after, relative to before, with the interval of the change."""
     figure, axes = _axes(4.6, 3.2)
@@ -95,6 +112,7 @@ def bar_figure(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
+@_styled
 def course_figure(
     title: str,
     steps: Sequence[int],
@@ -122,10 +140,11 @@ def course_figure(
         axes.set_yscale("log")
     axes.set_title(title)
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
+@_styled
 def validation_figure(title: str, steps: Sequence[int], values: Sequence[float]) -> Figure:
     """A figure of the validations over the steps of training."""
     figure, axes = _axes()
@@ -133,7 +152,7 @@ def validation_figure(title: str, steps: Sequence[int], values: Sequence[float])
     axes.plot(steps, values, color="#b4540a", marker="o", markersize=4)
     axes.set_title(title)
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -148,6 +167,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     return found
 
 
+@_styled
 def phases_figure(phases: Mapping[str, float]) -> Figure:
     """Seconds of a step by phase."""
     figure, axes = _axes(4.6, 2.4)

@@ -85,7 +85,7 @@ def _lines(file: epath.Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     text = file.read_text()
-    whole, _, rest = text.rpartition("\n")
+    whole = text[: text.rfind("\n") + 1]
     try:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError as error:
@@ -110,7 +110,7 @@ def embed(file: epath.Path) -> str:
 def _smaller(content: bytes, file: epath.Path) -> bytes:
     frames = []
     try:
-        with av.open(io.BytesIO(content)) as container:
+        with av.open(io.BytesIO(content), "r") as container:
             rate = container.streams.video[0].average_rate
             for frame in container.decode(video=0):
                 image = frame.to_image()

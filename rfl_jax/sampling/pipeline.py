@@ -293,7 +293,7 @@ class Pipeline:
         solver = make_solver(options.solver, options.steps, options.shift)
         boundary = None if self.shape.boundary is None else cfg.min_timestep_boundary
         experts = experts_at(solver.timesteps, boundary)
-        guidance = dict(zip(("dit", "dit2"), options.guidance, strict=True))
+        guidance: dict[str, float] = dict(zip(("dit", "dit2"), options.guidance, strict=True))
         samples = NamedSharding(self.mesh, BATCH) if len(noise) % batch_shards(self.mesh) == 0 else whole
         placed = {name: hosts.place(x, samples) for name, x in batch.items()}
         if any(scale != 1.0 for scale in options.guidance):

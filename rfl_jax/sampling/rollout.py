@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ jax.tree_util.register_dataclass(Rollout, ["latents", "trajectory", "kl"], [])
 PHASES = ("prefix", "no_grad_steps", "grad_steps", "vae", "reward", "optimizer")
 
 
-def phase_scope(name: str) -> AbstractContextManager[None]:
+def phase_scope(name: str) -> AbstractContextManager[Any]:
     """Names the operators traced under it as those of a phase, one of `PHASES`."""
     return jax.named_scope(f"rfl.{name}")
 

@@ -19,13 +19,12 @@ Latents = Float[Array, "b t h w c"]
 
 
 class Solver(Protocol):
-    """Attributes:
-    levels: sigmas, one more than steps.
-    timesteps: what the network is told at each step, in 0..1000.
-    """
+    """Takes the steps of one batch, once."""
 
-    levels: Float[np.ndarray, " n"]
-    timesteps: Float[np.ndarray, " s"]
+    @property
+    def timesteps(self) -> Float[np.ndarray, " s"]:
+        """What the network is told at each step, in 0..1000."""
+        ...
 
     def step(self, i: int, velocity: Latents, x: Latents) -> Latents:
         """Latents at level i + 1 from those at level i. Steps are taken in their order."""
@@ -78,8 +77,6 @@ class UniPC:
 
     def __init__(self, levels: Float[np.ndarray, " n"]) -> None:
         self.levels = levels
-        # Whole numbers: the official pipelines cut them off.
-        self.timesteps = np.floor(levels[:-1].astype(np.float64) * TRAIN_TIMESTEPS).astype(np.float32)
         alphas = np.float32(1) - levels
         with np.errstate(divide="ignore"):
             self._lambdas = np.log(alphas.astype(np.float64)) - np.log(levels.astype(np.float64))
@@ -87,6 +84,11 @@ class UniPC:
         self._clean: list[Latents] = []  # predictions of the last two steps, the latest last
         self._start: Latents | None = None  # where the last step began, corrected
         self._order = 0  # of the last prediction
+
+    @property
+    def timesteps(self) -> Float[np.ndarray, " s"]:
+        # Whole numbers: the official pipelines cut the rest off.
+        return np.floor(self.levels[:-1].astype(np.float64) * TRAIN_TIMESTEPS).astype(np.float32)
 
     def step(self, i: int, velocity: Latents, x: Latents) -> Latents:
         clean = x - self.levels[i] * velocity

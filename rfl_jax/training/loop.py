@@ -20,6 +20,7 @@ from rfl_jax.config import dumps
 from rfl_jax.data.prepare import detector_file, embedder_file, fingerprint
 from rfl_jax.data.videos import write_video
 from rfl_jax.errors import UserError
+from rfl_jax.evaluation.held_out import HeldOut
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import any_host, is_writer, random_key
 from rfl_jax.training.checkpoint import Checkpoints, iterator_state
@@ -61,6 +62,7 @@ class Trained:
         state: after the last step.
         finished: whether there is nothing left to do: all steps are done, or `early_stop` ended them.
         step: the last.
+        held_out: compiled for the validations; None without them.
         best_step: of the best validation; None without validations.
         alarms: of the validations, one line each.
     """
@@ -68,6 +70,7 @@ class Trained:
     state: TrainState
     finished: bool
     step: int
+    held_out: HeldOut | None
     best_step: int | None
     alarms: list[str]
 
@@ -81,7 +84,7 @@ def train(run: Setup, workdir: epath.Path) -> Trained:
     profiler: Profiler | None = None
     try:
         state, key, iterator, start = _resume(run, checkpoints)
-        validation = Validation(run, workdir, start) if cfg.eval_every else None
+        validation = Validation(run, workdir, start) if cfg.validates else None
         if is_writer():
             write_whole(workdir / "config.json", dumps(cfg))
             write_whole(workdir / "run.json", json.dumps(describe(run), indent=1) + "\n")
@@ -96,6 +99,13 @@ def train(run: Setup, workdir: epath.Path) -> Trained:
     step = saved = start
     stopping = validation is not None and validation.exhausted
     try:
+        if validation and start and start % cfg.eval_every == 0 and not validation.knows(start):
+            # An interruption did not wait for it.
+            missed = _validated(validation.check(start, state, key, iterator_state(iterator)))
+            stopping = validation.exhausted
+            if metrics:
+                metrics.amend(start, missed)
+                _notes(metrics, {"step": start, **missed}, None)
         while step < run.steps and not stopping:
             profiler.before(step + 1)
             begin = time.perf_counter()
@@ -113,9 +123,8 @@ def train(run: Setup, workdir: epath.Path) -> Trained:
             mfu = flops / seconds / peak if peak else None
             line: dict[str, Any] = {"step": step, **means, "step_time_s": seconds, "mfu": mfu}
             traced = profiler.after(step, line)
-            if validation and not stopping and (step % cfg.eval_every == 0 or step == run.steps):
-                found = validation.check(step, state, key, iterator_state(iterator))
-                line |= {f"eval_{name}": found[name] for name in VALIDATED} | {"alarm": found["alarm"]}
+            if validation and not stopping and step % cfg.eval_every == 0:
+                line |= _validated(validation.check(step, state, key, iterator_state(iterator)))
                 stopping = validation.exhausted
             if metrics:
                 metrics.write(line)
@@ -136,12 +145,15 @@ def train(run: Setup, workdir: epath.Path) -> Trained:
         for opened in filter(None, (profiler, checkpoints, validation, metrics)):
             opened.close()
     finished = step == run.steps or (validation is not None and validation.exhausted)
-    alarms = (
-        [f"step {e['step']}: {e['alarm']}" for e in validation.record["validations"] if e["alarm"]]
-        if validation
-        else []
-    )
-    return Trained(state, finished, step, validation.best_step if validation else None, alarms)
+    if validation is None:
+        return Trained(state, finished, step, None, None, [])
+    alarms = [f"step {entry['step']}: {entry['alarm']}" for entry in validation.record["validations"] if entry["alarm"]]
+    return Trained(state, finished, step, validation.held_out, validation.best_step, alarms)
+
+
+def _validated(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a validation adds to its step's figures."""
+    return {f"eval_{name}": entry[name] for name in VALIDATED} | {"alarm": entry["alarm"]}
 
 
 def _notes(metrics: Metrics, line: dict[str, Any], traced: dict[str, Any] | None) -> None:

@@ -18,7 +18,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 from rfl_jax.config import Config, dumps
@@ -124,12 +124,19 @@ class Metrics:
         self._bar.set_postfix_str(self._last, refresh=False)
         self._bar.update(step - self._bar.n)
 
+    def amend(self, step: int, figures: dict[str, Any]) -> None:
+        """Adds figures to the line of the step that an interrupted run ended with."""
+        if self._lines and json.loads(self._lines[-1])["step"] == step:
+            self._lines[-1] = json.dumps(json.loads(self._lines[-1]) | figures)
+            self._rewrite()
+
     def video(self, step: int, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
         """Shows a sample beside the figures of its step."""
         height, width = frames.shape[1:3]
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(frames))
-        writer = self._board.file_writer
-        writer.add_summary(Summary(value=[Summary.Value(tag="sample", image=picture)]), step)
+        summary = Summary(value=[Summary.Value(tag="sample", image=picture)])
+        assert self._board.file_writer is not None
+        self._board.file_writer.add_summary(summary, step)
         if self._wandb:
             import wandb
 

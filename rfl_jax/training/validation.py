@@ -64,10 +64,10 @@ class Validation:
     def __init__(self, run: Setup, workdir: epath.Path, start: int) -> None:
         self._run = run
         self._file = workdir / FILE
-        self._held_out = HeldOut(run, run.cfg.eval.validation_samples)
+        self.held_out = HeldOut(run)
         self._best = Checkpoints(workdir / BEST, keep=1)
         self._best.forget_after(start)
-        clips = [item.file.name for item in self._held_out.items]
+        clips = [item.file.name for item in self.held_out.items[: run.cfg.eval.validation_samples]]
         self.record: dict[str, Any] = {"clips": clips, "base": None, "validations": []}
         if self._file.exists():
             found = json.loads(self._file.read_text())
@@ -92,10 +92,14 @@ class Validation:
         patience = self._run.cfg.early_stop
         return patience > 0 and without_progress(self.scores) >= patience
 
+    def knows(self, step: int) -> bool:
+        """Whether the weights after a step were judged."""
+        return any(entry["step"] == step for entry in self.record["validations"])
+
     def _figures(self, params: States) -> dict[str, float]:
         clips = []
-        for numbers in self._held_out.batches():
-            clips += [one.figures() for one in self._held_out.sample(params, numbers)]
+        for numbers in self.held_out.batches(self._run.cfg.eval.validation_samples):
+            clips += [one.figures() for one in self.held_out.sample(params, numbers)]
         return means(clips)
 
     def check(self, step: int, state: TrainState, key: jax.Array, data: dict) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from convert import dit, store, umt5
+from convert.export import find_checkpoint
 from convert.mapping import unfill
 from rfl_jax.data.metadata import read_metadata
 from rfl_jax.data.prepare import Encoders, prepare
 from rfl_jax.data.videos import read_clip, to_uint8, write_video
 from rfl_jax.errors import UserError
-from rfl_jax.evaluate import FIGURES, evaluate, motion
+from rfl_jax.evaluate import evaluate
+from rfl_jax.evaluation.figures import FIGURES
 from rfl_jax.miniature.world import FRAMES, asset_paths
 from rfl_jax.models.umt5 import UMT5Config, UMT5Encoder
 from rfl_jax.models.wan.config import DIT_PRESETS
@@ -25,7 +27,7 @@ from rfl_jax.models.wan.dit import DiT
 from rfl_jax.models.weights import get_arrays
 from rfl_jax.sources import find_sources
 from rfl_jax.training.export import export_adapters
-from rfl_jax.training.loop import train
+from rfl_jax.training.loop import VALIDATED, train
 from rfl_jax.training.setup import prepare_run, set_up
 from tests.runs import read_metrics, use_devices
 
@@ -36,14 +38,16 @@ def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_pat
         max_steps=4,
         save_steps=3,
         sample_every=2,
-        **{"eval.file_name": str(clip_folder / "metadata.csv"), "eval.num_samples": 2},
+        eval_every=2,
+        **{"eval.file_name": str(clip_folder / "metadata.csv"), "eval.num_samples": 3, "eval.validation_samples": 2},
     )
     whole, parts = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "parts")
     for workdir in (whole, parts):
         workdir.mkdir()
     run = set_up(cfg, whole)
-    state, finished = train(run, whole)
-    assert finished
+    trained = train(run, whole)
+    assert trained.finished
+    state = trained.state
     want = read_metrics(whole)
     assert [line["step"] for line in want] == [1, 2, 3, 4]
 
@@ -58,8 +62,7 @@ def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_pat
         return step(*args)
 
     again.step = interrupted
-    _, finished = train(again, parts)
-    assert not finished
+    assert not train(again, parts).finished
     assert len(read_metrics(parts)) == 2
     # Lines of steps whose checkpoint was lost are written anew.
     with (parts / "metrics.jsonl").open("a") as stream:
@@ -67,6 +70,16 @@ def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_pat
     resumed = set_up(cfg, parts)
     train(resumed, parts)
     assert read_metrics(parts) == want
+    # So do the validations: what was judged before the interruption, and the best checkpoint.
+    records = [json.loads((folder / "validation.json").read_text()) for folder in (whole, parts)]
+    assert records[0] == records[1]
+    assert [entry["step"] for entry in records[0]["validations"]] == [2, 4]
+    assert [name for name in want[1] if name.startswith("eval_")] == [f"eval_{name}" for name in VALIDATED]
+    assert want[1]["eval_judge_sim"] == records[0]["validations"][0]["judge_sim"]
+    assert not any(name.startswith("eval_") for name in want[0])
+    best = max(records[0]["validations"], key=lambda entry: entry["judge_sim"])["step"]
+    assert records[0]["best_step"] == best == trained.best_step
+    assert find_checkpoint(whole, "best").name == find_checkpoint(parts, "best").name == str(best)
 
     assert sorted(p.name for p in (whole / "samples").iterdir()) == [
         "step_000001.mp4",
@@ -82,23 +95,48 @@ def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_pat
     result = evaluate(run, state, whole)
     written = json.loads((whole / "evaluation.json").read_text())
     assert written == result
-    assert len(written["clips"]) == 2
+    assert len(written["clips"]) == 3
     for figure in FIGURES:
         for name in ("base", "tuned"):
             assert written[figure][name] == pytest.approx(np.mean([c[name][figure] for c in written["clips"]]))
     assert written["judge_sim"]["base"] != written["judge_sim"]["tuned"]
+    # A validation is an evaluation of its clips.
+    for figure in VALIDATED:
+        first = np.mean([clip["tuned"][figure] for clip in written["clips"][:2]])
+        assert records[0]["validations"][1][figure] == pytest.approx(first, rel=1e-4)
+        assert written["statistics"][figure]["rose"] + written["statistics"][figure]["fell"] <= 3
+    for clip in written["clips"]:
+        for way in ("reference", "base", "tuned"):
+            assert len(clip[way]["frames"]["box"]) == FRAMES
+            assert (whole / clip[way]["file"]).stat().length > 500
+        # The face in the box is the one that was scored: inside the picture, some pixels wide.
+        x1, y1, x2, y2 = clip["reference"]["frames"]["box"][0]
+        assert 0 <= x1 < x2 - 10
+        assert 0 <= y1 < y2 - 10
+        assert clip["tuned"]["judge_sim"] == pytest.approx(np.mean(clip["tuned"]["frames"]["judge_sim"]), abs=1e-4)
+    curve = np.mean([clip["base"]["frames"]["face_sim"] for clip in written["clips"]], 0)
+    assert written["drift"]["face_sim"]["base"] == pytest.approx(curve)
+    assert (whole / "evaluation" / "drift.png").read_bytes().startswith(b"\x89PNG")
 
     with pytest.raises(UserError, match=r"does not fit this configuration \(.*lora_.*: found .*4.*, expected .*2"):
         train(set_up(settings(max_steps=4, lora_rank=2), parts), parts)
 
 
-def test_motion_counts_neighbouring_frames_with_a_face():
-    kps = np.zeros((4, 5, 2))
-    kps[1:] += 2
-    kps[3] += 4
-    assert motion(kps, np.array([1, 1, 1, 1], bool)) == pytest.approx(2)
-    assert motion(kps, np.array([1, 1, 1, 0], bool)) == pytest.approx(1)
-    assert motion(kps, np.array([1, 0, 1, 0], bool)) == 0
+def test_training_ends_when_validations_bring_nothing_better(monkeypatch, settings, tmp_path, clip_folder):
+    use_devices(monkeypatch)
+    cfg = settings(
+        max_steps=6, save_steps=6, eval_every=1, early_stop=2, learning_rate=0.0,
+        **{"eval.file_name": str(clip_folder / "metadata.csv"), "eval.num_samples": 2, "eval.validation_samples": 2},
+    )  # fmt: skip
+    workdir = epath.Path(tmp_path)
+    # Nothing is learnt, so the first validation remains the best and two more are enough.
+    trained = train(set_up(cfg, workdir), workdir)
+    assert (trained.finished, trained.step, trained.best_step) == (True, 3, 1)
+    assert trained.alarms == []
+    # The same command again finds nothing to do; with more patience it goes on.
+    assert train(set_up(cfg, workdir), workdir).step == 3
+    patient = dataclasses.replace(cfg, early_stop=3)
+    assert train(set_up(patient, workdir), workdir).step == 4
 
 
 def bad_rows(folder, clip_folder):
