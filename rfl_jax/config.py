@@ -109,8 +109,8 @@ class EvalSection:
         judge_model_path: folder of antelopev2 files whose embedder only judges.
         num_samples: clips at most.
         validation_samples: clips at most of a validation: the first of them.
-        max_motion_loss: share of the motion of the network before training; when more of it is gone while the reward
-            has risen, the alarm is given.
+        max_motion_loss: share of the motion before training; when more of it is gone and the held-out reward has risen,
+            now or at an earlier validation, the alarm is given.
         max_copying_rise: when the copying of the first frame (0..1) has risen by more, likewise.
     """
 
@@ -118,7 +118,7 @@ class EvalSection:
     judge_model_path: str = ""
     num_samples: int = 16
     validation_samples: int = 8
-    max_motion_loss: float = 0.25
+    max_motion_loss: float = 0.2
     max_copying_rise: float = 0.08
 
 

@@ -16,7 +16,12 @@ from rfl_jax.errors import UserError
 from rfl_jax.files import write_whole
 
 
-def _frames(path: Path) -> Iterator[Image.Image]:
+def read_frames(path: Path) -> Iterator[Image.Image]:
+    """All frames of a video.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -50,7 +55,7 @@ def first_frame(path: Path | str) -> Image.Image:
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video")
-    for image in _frames(Path(path)):
+    for image in read_frames(Path(path)):
         return image
     raise UserError(f"{path}: 0 frames, expected at least one")
 
@@ -96,7 +101,7 @@ def read_clip(
     if not path.is_file():
         raise UserError(f"{path}: no such video")
     frames: list[np.ndarray] = []
-    for image in _frames(path):
+    for image in read_frames(path):
         if not frames and not (height and width):
             size = (image.height, image.width)
             height, width = frame_size(*size, max_pixels=max_pixels, multiple=multiple)

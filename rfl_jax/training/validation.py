@@ -22,15 +22,16 @@ JUDGED_BY = "judge_sim"
 FILE = "validation.json"
 
 
-def alarm(base: Mapping[str, float], now: Mapping[str, float], bounds: EvalSection) -> str:
+def alarm(base: Mapping[str, float], course: Sequence[Mapping[str, float]], bounds: EvalSection) -> str:
     """What is wrong with a reward that rose; empty if nothing is.
 
     Args:
         base: figures before training.
-        now: figures of the same clips.
-        bounds: on what may be lost.
+        course: figures of the same clips at each validation so far. A reward that rose and fell again was climbed too.
+        bounds: on what may be lost by now.
     """
-    if now["face_sim"] <= base["face_sim"]:
+    highest, now = max(figures["face_sim"] for figures in course), course[-1]
+    if highest <= base["face_sim"]:
         return ""
     found = []
     if now["motion"] < (1 - bounds.max_motion_loss) * base["motion"]:
@@ -43,7 +44,7 @@ def alarm(base: Mapping[str, float], now: Mapping[str, float], bounds: EvalSecti
             f"copying of the first frame rose from {base['copying']:.3f} to {now['copying']:.3f}, by more than "
             f"{bounds.max_copying_rise:g} (eval.max_copying_rise)"
         )
-    rose = f"the reward rose ({base['face_sim']:.3f} to {now['face_sim']:.3f}), but "
+    rose = f"the reward rose ({base['face_sim']:.3f} to {highest:.3f}), but "
     return rose + " and ".join(found) if found else ""
 
 
@@ -111,7 +112,8 @@ class Validation:
         if self.record["base"] is None:
             self.record["base"] = self._figures(untrained(self._run, state.params))
         figures = self._figures(state.params)
-        entry = {"step": step, **figures, "alarm": alarm(self.record["base"], figures, self._run.cfg.eval)}
+        course = [*self.record["validations"], figures]
+        entry = {"step": step, **figures, "alarm": alarm(self.record["base"], course, self._run.cfg.eval)}
         self.record["validations"].append(entry)
         if self.best_step == step:
             self._best.save(step, state, key, data)

@@ -42,7 +42,7 @@ def test_a_video_that_stands_still_copies_its_first_frame():
 def test_copying_falls_with_pose_and_with_expression_apart():
     size = np.sqrt(np.mean(np.sum((FACE - FACE.mean(0)) ** 2, 1)))
     # A face that only moves by a fifth of its size keeps its expression: (1/e + 1) / 2.
-    moved = FACE + [0.2 * size, 0]
+    moved = FACE + np.array([0.2 * size, 0])
     assert copying(frames(moved), seen(2)) == pytest.approx((np.exp(-1) + 1) / 2)
     # Size and turn are pose too.
     turned = (FACE - FACE.mean(0)) @ np.array([[0.8, 0.6], [-0.6, 0.8]]) * 1.3 + 30
@@ -122,25 +122,33 @@ BASE = {"face_sim": 0.7, "motion": 1.0, "copying": 0.4}
 @pytest.mark.parametrize(
     ("now", "words"),
     [
-        ({"face_sim": 0.8, "motion": 0.74, "copying": 0.4}, ["motion fell from 1.000 to 0.740", "25%"]),
+        ({"face_sim": 0.8, "motion": 0.79, "copying": 0.4}, ["motion fell from 1.000 to 0.790", "20%"]),
         ({"face_sim": 0.8, "motion": 1.0, "copying": 0.49}, ["copying of the first frame rose from 0.400 to 0.490"]),
         ({"face_sim": 0.8, "motion": 0.1, "copying": 0.9}, ["motion fell", " and copying"]),
-        ({"face_sim": 0.8, "motion": 0.76, "copying": 0.47}, []),
+        ({"face_sim": 0.8, "motion": 0.81, "copying": 0.47}, []),
         # A reward that did not rise was not hacked.
         ({"face_sim": 0.7, "motion": 0.1, "copying": 0.9}, []),
     ],
 )
 def test_the_alarm_wants_a_reward_that_rose_and_something_lost(now, words):
-    found = alarm(BASE, now, EvalSection())
+    found = alarm(BASE, [now], EvalSection())
     assert bool(found) == bool(words)
     assert all(word in found for word in words)
 
 
+def test_a_reward_that_rose_and_fell_again_was_climbed_too():
+    risen, lost = {"face_sim": 0.8, "motion": 1.0, "copying": 0.4}, {"face_sim": 0.6, "motion": 0.5, "copying": 0.4}
+    assert not alarm(BASE, [lost], EvalSection())
+    assert "the reward rose (0.700 to 0.800)" in alarm(BASE, [risen, lost], EvalSection())
+    # What was mended is no alarm any more.
+    assert not alarm(BASE, [risen, lost, risen], EvalSection())
+
+
 def test_bounds_of_the_alarm_are_the_configurations():
     now = {"face_sim": 0.8, "motion": 0.7, "copying": 0.45}
-    assert alarm(BASE, now, EvalSection())
-    assert not alarm(BASE, now, EvalSection(max_motion_loss=0.31))
-    assert "copying" in alarm(BASE, now, EvalSection(max_motion_loss=0.31, max_copying_rise=0.04))
+    assert alarm(BASE, [now], EvalSection())
+    assert not alarm(BASE, [now], EvalSection(max_motion_loss=0.31))
+    assert "copying" in alarm(BASE, [now], EvalSection(max_motion_loss=0.31, max_copying_rise=0.04))
 
 
 def test_progress_is_a_new_best():

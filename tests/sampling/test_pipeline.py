@@ -1,18 +1,33 @@
 """Sampling: solvers and the whole pipeline against diffusers, step by step; one device and eight; what a run trained."""
 
+import csv
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
+from convert import store
+from convert.export import adapter_file
 from rfl_jax.config import default_config, parse
+from rfl_jax.data.videos import first_frame, read_frames, read_image
+from rfl_jax.errors import UserError
+from rfl_jax.miniature.data import draw_clips
 from rfl_jax.miniature.world import ASSETS, TOKENIZER_FILE
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
+from rfl_jax.sample import guidance_of, read_requests
 from rfl_jax.sampling import pipeline as sampling
-from rfl_jax.sampling.pipeline import Request, open_pipeline, options_of, start_latents
+from rfl_jax.sampling.pipeline import Request, open_pipeline, options_of, read_trained, start_latents
 from rfl_jax.sampling.solvers import make_solver
+from rfl_jax.training.loop import train
+from rfl_jax.training.setup import set_up
+from tests.devices import make_mesh
 from tests.golden import relative
+from tests.runs import use_devices
 
 SIZE, FRAMES = 32, 9
 PROMPT, NEGATIVE = "A person nods and smiles, blue background.", "grey background"
@@ -119,8 +134,6 @@ def tiny_config(kind, folder, **changes):
 
 @pytest.fixture
 def one_device(monkeypatch):
-    from tests.devices import make_mesh
-
     monkeypatch.setattr(sampling, "make_mesh", lambda sizes: make_mesh(*(max(n, 1) for n in sizes.values())))
 
 
@@ -190,3 +203,189 @@ def test_every_step_is_diffusers_pipelines(world, solver, monkeypatch, one_devic
     for step in range(steps):
         assert relative(found[step][:, later], wanted[step][:, later]) < 1e-4, step
     assert np.abs(video / 255 - want[0]).max() < 1.5 / 255
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """Clips of drawn people."""
+    folder = tmp_path_factory.mktemp("faces") / "drawn"
+    draw_clips(folder, 3, seed=4)
+    return folder
+
+
+def random_adapters(seed, layers=6, dim=128, rank=2):
+    rng = np.random.default_rng(seed)
+    return {
+        f"blocks.self_attn.q.lora_{half}": rng.normal(size=shape).astype(np.float32) / 4
+        for half, shape in (("a", (layers, dim, rank)), ("b", (layers, rank, dim)))
+    }
+
+
+def test_adapters_change_the_video_as_merged_weights_do(settings, faces, tmp_path, one_device):
+    image = first_frame(faces / "clip_000.mp4")
+    cfg = settings()
+    base = open_pipeline(cfg)(PROMPT, image, seed=1)
+    assert np.array_equal(base, open_pipeline(cfg)(PROMPT, image, seed=1))
+    assert not np.array_equal(base, open_pipeline(cfg)(PROMPT, image, seed=2))
+    arrays = random_adapters(0)
+    file = tmp_path / "lora.safetensors"
+    file.write_bytes(adapter_file(arrays, "diffusers", {"network": "dit2"}))
+    adapted = open_pipeline(cfg, lora=str(file))(PROMPT, image, seed=1)
+    assert np.abs(adapted.astype(int) - base).max() > 10
+
+    # Merged by the converter instead: the same video but for rounding.
+    sources = json.loads(cfg.model_paths)
+    merged = tmp_path / "merged"
+    store.save(str(merged), "dit", *store.convert("dit", [sources[1]], dtype="float32", loras=[(str(file), 1.0)]))
+    paths = json.dumps([sources[0], str(merged), *sources[2:]])
+    whole = open_pipeline(settings(model_paths=paths))(PROMPT, image, seed=1)
+    assert np.abs(whole.astype(int) - adapted).max() <= 2
+    # The header said which expert; said otherwise it is the other one.
+    high = open_pipeline(cfg, lora=f"dit={file}")(PROMPT, image, seed=1)
+    assert not np.array_equal(high, adapted)
+    both = open_pipeline(cfg, lora=f"dit={file},dit2={file}")(PROMPT, image, seed=1)
+    assert not np.array_equal(both, high)
+
+
+def test_eight_devices_sample_what_one_does(settings, faces, monkeypatch):
+    cfg = settings()
+    requests = [Request(f"{PROMPT} {i}", first_frame(faces / f"clip_00{i}.mp4"), seed=i) for i in range(3)]
+    options = options_of(cfg, steps=3, guidance=(2.0, 1.0), negative_prompt=NEGATIVE)
+    videos = {}
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        monkeypatch.setattr(sampling, "make_mesh", lambda sizes, shape=shape: make_mesh(*shape))
+        found = dict(open_pipeline(cfg).sample(requests, options))
+        assert sorted(found) == [0, 1, 2]
+        videos[shape] = np.stack([found[i] for i in range(3)]).astype(int)
+    assert np.abs(videos[1, 1, 1] - videos[2, 2, 2]).max() <= 1
+    # And one alone what many do.
+    monkeypatch.setattr(sampling, "make_mesh", lambda sizes: make_mesh(1, 1, 1))
+    ((_, alone),) = open_pipeline(cfg).sample(requests[1:2], options)
+    assert np.abs(alone.astype(int) - videos[1, 1, 1][1]).max() <= 1
+
+
+def sample(*arguments):
+    command = [sys.executable, "-m", "rfl_jax.sample", *map(str, arguments)]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def frames_of(file):
+    return np.stack([np.asarray(image) for image in read_frames(file)]).astype(int)
+
+
+def test_the_command_takes_a_run_its_checkpoints_and_many_rows(monkeypatch, settings, faces, tmp_path, one_device):
+    use_devices(monkeypatch)
+    run = epath.Path(tmp_path / "run")
+    run.mkdir()
+    cfg = settings(max_steps=2, save_steps=1, learning_rate=0.05)
+    trained = train(set_up(cfg, run), run)
+    assert trained.finished
+    first_frame(faces / "clip_000.mp4").save(tmp_path / "face.png")
+    common = ("--lora", run, "--image", tmp_path / "face.png", "--prompt", PROMPT)
+    # The run's own configuration is taken where none is named.
+    for name, extra in (("last", ()), ("first", ("--step", 1)), ("base", ("--lora=", "--config=configs/mini.py"))):
+        done = sample(*common, "--out", tmp_path / f"{name}.mp4", *extra)
+        assert done.returncode == 0, done.stderr
+        assert "5 frames of 64x64" in done.stdout
+    last, first, base = (frames_of(tmp_path / f"{name}.mp4") for name in ("last", "first", "base"))
+    assert np.abs(last - base).max() > 3
+    assert np.abs(last - first).max() > 3
+
+    # The same from Python, and from a list of which the row has the same seed.
+    image = Image.open(tmp_path / "face.png")
+    video = open_pipeline(cfg, lora=str(run))(PROMPT, image)
+    assert np.abs(video.astype(int) - last).mean() < 3  # of the file's compression
+    rows = [
+        ("image", "video", "prompt", "seed", "out"),
+        ("face.png", "", PROMPT, "0", "a.mp4"),
+        ("", faces / "clip_001.mp4", "x", "", ""),
+    ]
+    with (tmp_path / "rows.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    done = sample("--lora", run, "--csv", tmp_path / "rows.csv", "--out", tmp_path / "many")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["0003.mp4", "a.mp4"]
+    assert np.abs(frames_of(tmp_path / "many" / "a.mp4") - last).max() <= 3
+
+    for arguments, message in (
+        ((*common, "--out", tmp_path / "x.mp4", "--solver", "heun"), "--solver: expected one of euler, unipc"),
+        (("--lora", run, "--prompt", PROMPT, "--out", tmp_path / "x.mp4"), "image: expected a first frame"),
+    ):
+        done = sample(*arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "x.mp4").exists()
+    for step, message in (
+        (7, "no checkpoint 7, expected one of 1, 2, or best"),
+        ("best", "config.eval_every keeps one"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_trained(cfg, str(run), str(step))
+
+
+def test_what_cannot_be_sampled_is_refused_by_name(settings, tmp_path, faces):
+    cfg = settings()
+    for changes, message in (
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"shift": 0.0}, "shift: expected a positive number"),
+        ({"frames": 6}, r"frames: expected 4n\+1, got 6"),
+        ({"height": 40, "width": 64}, "height: expected a multiple of 16, got 40"),
+        ({"height": 64}, "height: expected height and width both"),
+    ):
+        with pytest.raises(UserError, match=message):
+            options_of(cfg, **changes)
+    assert options_of(cfg, steps=None).steps == cfg.num_inference_steps
+    assert guidance_of("3.5") == (3.5, 3.5)
+    assert guidance_of("3.5,1") == (3.5, 1)
+    for text in ("1,2,3", "much", ""):
+        with pytest.raises(UserError, match="--guidance: expected a number, or HIGH,LOW"):
+            guidance_of(text)
+
+    (tmp_path / "none.safetensors").write_text("nothing")
+    for source, message in (
+        (tmp_path / "absent", "no such run or file"),
+        (tmp_path / "none.safetensors", "expected safetensors"),
+        (f"dit3={faces / 'metadata.csv'}", "has no dit3, expected dit or dit2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_trained(cfg, str(source))
+    wide = tmp_path / "wide.safetensors"
+    wide.write_bytes(adapter_file(random_adapters(0, dim=64), "diffusers", {}))
+    with pytest.raises(UserError, match=r"wide\.safetensors: .* do not make"):
+        read_trained(cfg, str(wide))
+
+    for content, message in (
+        ("image\nx.png\n", "column prompt is missing"),
+        ("prompt,image\n", "no rows"),
+        ("prompt,image\nx,absent.png\n", r"row 2: .*absent\.png: no such image"),
+        ("prompt,video\nx,absent.mp4\n", r"row 2: .*absent\.mp4: no such video"),
+        ("prompt,seed\nx,one\n", "row 2: seed: expected a whole number, got one"),
+        ("prompt,out\nx,../a.mp4\n", "row 2: expected a prompt, and in out a name"),
+        ("prompt,out\nx,a.mp4\ny,a.mp4\n", "row 3: expected a prompt, and in out a name of its own"),
+    ):
+        (tmp_path / "rows.csv").write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_requests(str(tmp_path / "rows.csv"), 0)
+    (tmp_path / "rows.csv").write_text("\ufeffprompt,seed\nx,\ny,9\nz,\n", encoding="utf-8")
+    assert [(n, r.seed) for n, r in read_requests(str(tmp_path / "rows.csv"), 5)] == [
+        ("0002.mp4", 5), ("0003.mp4", 9), ("0004.mp4", 7),
+    ]  # fmt: skip
+
+
+def test_pictures_that_cannot_be_used_are_refused(tmp_path, faces, settings, one_device):
+    (tmp_path / "text.png").write_text("no picture")
+    for name, message in (("text.png", "expected a readable image"), ("none.png", "no such image")):
+        with pytest.raises(UserError, match=message):
+            read_image(tmp_path / name)
+    pipeline = open_pipeline(settings())
+    with pytest.raises(UserError, match="8x8 pixels, expected at least 16 each way"):
+        pipeline(PROMPT, picture(0, 8))
+    with pytest.raises(UserError, match="expected a first frame, which mini needs"):
+        pipeline(PROMPT)
+    # A photo that lies on its side is put upright.
+    photo, exif = picture(0, 32).resize((48, 32)), Image.Exif()
+    exif[274] = 6
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    assert read_image(tmp_path / "photo.jpg").size == (32, 48)
