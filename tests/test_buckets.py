@@ -87,21 +87,32 @@ def test_convert_train_stop_and_resume_in_a_bucket(bucket, clip_folder, tmp_path
         weights.append(f"gs://{BUCKET}/weights/{name}")
         run(bucket, "convert", component, "--src", str(source), "--dst", weights[-1])
 
-    def train(steps):
+    held_out = [f"--config.eval.file_name={clip_folder / 'metadata.csv'}", "--config.eval.num_samples=2"]
+
+    def train(steps, *evaluation):
         return run(
             bucket, "rfl_jax.train", "--config=configs/mini.py", f"--workdir=gs://{BUCKET}/mini",
             f"--config.model_paths={json.dumps(weights)}", f"--config.file_name={clip_folder / 'metadata.csv'}",
-            "--config.train_batch_size=2", "--config.per_device_train_batch_size=2", "--config.eval.file_name=",
+            "--config.train_batch_size=2", "--config.per_device_train_batch_size=2", *evaluation,
             "--config.sample_every=1", f"--config.max_steps={steps}",
         )  # fmt: skip
 
-    train(1)
+    train(1, "--config.eval.file_name=")
     first = [json.loads(line) for line in read(bucket, "mini/metrics.jsonl").splitlines()]
     assert [line["step"] for line in first] == [1]
-    train(2)
+    done = train(2, *held_out, "--config.eval_every=2")
+    assert f"next: python -m rfl_jax.report gs://{BUCKET}/mini" in done.stdout
     both = [json.loads(line) for line in read(bucket, "mini/metrics.jsonl").splitlines()]
     assert both[0] == first[0]
     assert [line["step"] for line in both] == [1, 2]
+    # Validated, evaluated and reported from there.
+    result = json.loads(read(bucket, "mini/evaluation.json"))
+    record = json.loads(read(bucket, "mini/validation.json"))
+    assert record["validations"][0]["judge_sim"] == pytest.approx(result["judge_sim"]["tuned"], rel=1e-4)
+    run(bucket, "rfl_jax.report", f"gs://{BUCKET}/mini", "-o", str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert f"{result['judge_sim']['tuned']:.4f}" in page
+    assert page.count("<video") == 6
     exported = tmp_path / "lora.safetensors"
     run(bucket, "convert", "export", "--workdir", f"gs://{BUCKET}/mini", "--dst", str(exported))
     assert len(load_file(exported)) == 6 * 10 * 2
@@ -109,4 +120,5 @@ def test_convert_train_stop_and_resume_in_a_bucket(bucket, clip_folder, tmp_path
     assert {"mini/config.json", "mini/dit2_lora.safetensors", "mini/samples/step_000002.mp4"} <= names
     assert any(name.startswith("mini/cache/") and name.endswith(".prefix.npz") for name in names)
     assert any(name.startswith("mini/tensorboard/") for name in names)
+    assert any(name.startswith("mini/best/2/") for name in names)
     assert not any(".tmp" in name or ".writable" in name for name in names)

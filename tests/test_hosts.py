@@ -82,8 +82,17 @@ def test_two_processes_equal_one_and_survive_a_death(tmp_path, clip_folder, weig
 
     # One of them has a clip to prepare again, the other none: it needs networks that the other does not open.
     next(file for file in (tmp_path / "two" / "cache").glob("*.npz") if ".prefix." not in file.name).unlink()
-    codes, output = finish(start_pair(tmp_path / "two", clip_folder, weights))
+    held_out = [f"--config.eval.file_name={clip_folder / 'metadata.csv'}", "--config.eval.num_samples=3"]
+    codes, output = finish(start_pair(tmp_path / "two", clip_folder, weights, *held_out, "--config.eval_every=5"))
     assert codes == [0, 0], output
+    # Both judged the held-out clips, one of them wrote.
+    result = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    (validated,) = json.loads((tmp_path / "two" / "validation.json").read_text())["validations"]
+    assert len(result["clips"]) == 3
+    for figure in ("face_sim", "judge_sim", "motion", "copying"):
+        assert validated[figure] == pytest.approx(result[figure]["tuned"], rel=1e-4), figure
+    assert "evaluation.json" in output[0]
+    assert "evaluation.json" not in output[1]
     found = lines(tmp_path / "two")
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
     for a, b in zip(found, want, strict=True):
