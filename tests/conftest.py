@@ -11,3 +11,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 pytest_plugins = ["tests.runs"]
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that the other worker has something left to do beside them."""
+    items.sort(key=lambda item: item.path.name not in ("test_hosts.py", "test_buckets.py"))

@@ -311,7 +311,7 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     use_devices(monkeypatch)
     cfg = settings(save_steps=1)
     run = set_up(cfg, tmp_path / "first")
-    state, _ = train(run, tmp_path / "first")
+    state = train(run, tmp_path / "first").state
 
     def export_first(*arguments):
         command(monkeypatch, "export", "--workdir", tmp_path / "first", *arguments)

@@ -284,18 +284,19 @@ def test_the_command_takes_a_run_its_checkpoints_and_many_rows(monkeypatch, sett
     first_frame(faces / "clip_000.mp4").save(tmp_path / "face.png")
     common = ("--lora", run, "--image", tmp_path / "face.png", "--prompt", PROMPT)
     # The run's own configuration is taken where none is named.
-    for name, extra in (("last", ()), ("first", ("--step", 1)), ("base", ("--lora=", "--config=configs/mini.py"))):
-        done = sample(*common, "--out", tmp_path / f"{name}.mp4", *extra)
-        assert done.returncode == 0, done.stderr
-        assert "5 frames of 64x64" in done.stdout
-    last, first, base = (frames_of(tmp_path / f"{name}.mp4") for name in ("last", "first", "base"))
-    assert np.abs(last - base).max() > 3
-    assert np.abs(last - first).max() > 3
+    done = sample(*common, "--out", tmp_path / "last.mp4")
+    assert done.returncode == 0, done.stderr
+    assert "5 frames of 64x64" in done.stdout
+    last = frames_of(tmp_path / "last.mp4")
 
-    # The same from Python, and from a list of which the row has the same seed.
+    # The same from Python; an earlier checkpoint and the untrained network give other videos.
     image = Image.open(tmp_path / "face.png")
-    video = open_pipeline(cfg, lora=str(run))(PROMPT, image)
-    assert np.abs(video.astype(int) - last).mean() < 3  # of the file's compression
+    video = open_pipeline(cfg, lora=str(run))(PROMPT, image).astype(int)
+    assert np.abs(video - last).mean() < 3  # of the file's compression
+    assert np.abs(video - open_pipeline(cfg, lora=str(run), step="1")(PROMPT, image)).max() > 3
+    assert np.abs(video - open_pipeline(cfg)(PROMPT, image)).max() > 3
+
+    # And from a list of which a row has the same seed.
     rows = [
         ("image", "video", "prompt", "seed", "out"),
         ("face.png", "", PROMPT, "0", "a.mp4"),
@@ -306,16 +307,11 @@ def test_the_command_takes_a_run_its_checkpoints_and_many_rows(monkeypatch, sett
     done = sample("--lora", run, "--csv", tmp_path / "rows.csv", "--out", tmp_path / "many")
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["0003.mp4", "a.mp4"]
-    assert np.abs(frames_of(tmp_path / "many" / "a.mp4") - last).max() <= 3
+    assert np.abs(frames_of(tmp_path / "many" / "a.mp4") - last).mean() < 2
 
-    for arguments, message in (
-        ((*common, "--out", tmp_path / "x.mp4", "--solver", "heun"), "--solver: expected one of euler, unipc"),
-        (("--lora", run, "--prompt", PROMPT, "--out", tmp_path / "x.mp4"), "image: expected a first frame"),
-    ):
-        done = sample(*arguments)
-        assert done.returncode == 2, (arguments, done.stderr)
-        assert message in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+    done = sample(*common, "--out", tmp_path / "x.mp4", "--solver", "heun")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["sample: --solver: expected one of euler, unipc, got heun"]
     assert not (tmp_path / "x.mp4").exists()
     for step, message in (
         (7, "no checkpoint 7, expected one of 1, 2, or best"),

@@ -332,7 +332,7 @@ def test_first_frame_in_the_latents_has_timestep_zero_and_guidance_extrapolates(
     graph, weights = nnx.split(model)
     frozen = Frozen({"dit": weights}, {})
     levels = sigmas(8, 5.0)
-    sampler = Sampler(cfg, levels, plan_phases(levels, boundary=None, mid=4, final=7), 3.0)
+    sampler = Sampler(cfg, levels, plan_phases(levels, boundary=None, mid=4, final=7), {"dit": 3.0})
     batch = {
         "y": rng.normal(size=(2, 3, 4, 4, 48)).astype(np.float32),
         "context": rng.normal(size=(2, cfg.text_len, cfg.text_dim)).astype(np.float32),
