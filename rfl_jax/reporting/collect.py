@@ -60,13 +60,19 @@ def read_run(folder: epath.Path) -> Run:
     """
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: expected the folder of a run, with its config.json")
+    evaluation = _json(folder / "evaluation.json")
+    if evaluation and "statistics" not in evaluation:
+        raise UserError(
+            f"{folder}/evaluation.json: expected statistics, which earlier releases did not write: "
+            f"python -m rfl_jax.evaluate --workdir={folder} makes it anew"
+        )
     return Run(
         folder,
         _json(folder / "config.json") or {},
         _json(folder / "run.json") or {},
         _lines(folder / "metrics.jsonl"),
         _json(folder / "validation.json"),
-        _json(folder / "evaluation.json"),
+        evaluation,
         _json(folder / "profile.json"),
     )
 

@@ -241,6 +241,9 @@ def test_what_is_no_run_is_refused_in_one_line(folder, tmp_path):
     (folder / "evaluation" / "000_base.mp4").unlink()
     with pytest.raises(UserError, match=r"000_base\.mp4: no such video"):
         render(read_run(folder), most=CLIPS)
+    (folder / "evaluation.json").write_text(json.dumps({"face_sim": {"base": 1, "tuned": 1}, "clips": []}))
+    with pytest.raises(UserError, match=r"expected statistics, .* rfl_jax\.evaluate"):
+        read_run(folder)
     (folder / "evaluation.json").write_text("{")
     with pytest.raises(UserError, match=r"evaluation\.json: expected JSON"):
         read_run(folder)
