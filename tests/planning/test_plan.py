@@ -160,6 +160,7 @@ def test_variants_keep_the_batch_and_fill_the_devices():
     assert len({json.dumps(c) for c in tried}) == len(tried)
 
 
+@pytest.mark.slow
 def test_the_walk_ends_with_the_fastest_that_fits(monkeypatch, settings):
     cfg = settings(**{"mesh.data": 1, "mesh.fsdp": 1, "mesh.context": 1}, train_batch_size=2)
     devices = jax.devices()[:1]
