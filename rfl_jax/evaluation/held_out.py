@@ -47,11 +47,16 @@ class HeldOut:
             clips: at most so many, the first; all by default.
         """
         size = self.run.cfg.per_device_train_batch_size * batch_shards(self.run.mesh)
-        shapes = [item.load()["y"].shape for item in self.items[:clips]]
+        shapes = self._shapes[:clips]
         for shape in dict.fromkeys(shapes):
             same = [i for i, found in enumerate(shapes) if found == shape]
             for start in range(0, len(same), size):
                 yield same[start : start + size]
+
+    @functools.cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of each clip's latents; read once, however often the clips are judged."""
+        return [item.load()["y"].shape for item in self.items]
 
     def sample(self, params: States, numbers: Sequence[int]) -> list[Scored]:
         """These clips, sampled with these weights from their noises and scored.

@@ -143,6 +143,7 @@ class Pipeline:
     weights: dict[str, nnx.State]
     trained: dict[str, np.ndarray]
     _contexts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    _velocities: dict[tuple[str, float], Any] = dataclasses.field(default_factory=dict)
 
     @property
     def shape(self) -> DiTConfig:
@@ -237,8 +238,12 @@ class Pipeline:
             raise UserError(f"image: {width}x{height} pixels, expected at least {multiple} each way")
         return size
 
+    @functools.cached_property
+    def _stride(self) -> tuple[int, int, int]:
+        return store.describe("vae", self.sources.vae).stride
+
     def _latents(self, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
-        time, rows, columns = store.describe("vae", self.sources.vae).stride
+        time, rows, columns = self._stride
         return (frames - 1) // time + 1, size[0] // rows, size[1] // columns, self.shape.out_dim
 
     def _encode_texts(self, prompts: Sequence[str]) -> None:
@@ -309,10 +314,6 @@ class Pipeline:
         if self.shape.first_frame_in_latents and "y" in placed:
             x = x.at[:, :1].set(placed["y"][:, :1])
         return x
-
-    @functools.cached_property
-    def _velocities(self) -> dict[tuple[str, float], Any]:
-        return {}
 
     def _velocity(self, expert: str, guidance: float) -> Any:
         """`(weights, batch, latents, timesteps) -> latents as the expert sees them, velocity`, jitted."""

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from rfl_jax.miniature.world import ASSETS, TOKENIZER_FILE
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.sample import guidance_of, read_requests
 from rfl_jax.sampling import pipeline as sampling
-from rfl_jax.sampling.pipeline import Request, open_pipeline, options_of, read_trained, start_latents
+from rfl_jax.sampling.pipeline import Request, open_pipeline, options_of, read_config, read_trained, start_latents
 from rfl_jax.sampling.solvers import make_solver
 from rfl_jax.training.loop import train
 from rfl_jax.training.setup import set_up
@@ -337,6 +338,12 @@ def test_what_cannot_be_sampled_is_refused_by_name(settings, tmp_path, faces):
     for text in ("1,2,3", "much", ""):
         with pytest.raises(UserError, match="--guidance: expected a number, or HIGH,LOW"):
             guidance_of(text)
+
+    # A configuration may be named by its file, as on the command line.
+    mini = read_config(Path(__file__).parents[2] / "configs" / "mini.py")
+    assert (mini.preset, mini.learning_rate) == ("mini", 2e-3)
+    with pytest.raises(UserError, match=r"none\.py: no such file, expected a config file"):
+        open_pipeline(tmp_path / "none.py")
 
     (tmp_path / "none.safetensors").write_text("nothing")
     for source, message in (
