@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -11,9 +9,8 @@ from convert import dit, store
 from convert.lora import Lora, adapters
 from convert.mapping import flat_shapes
 from rfl_jax.errors import UserError
-from rfl_jax.models.lora import TARGETS, LoraConfig, add_lora, set_lora
+from rfl_jax.models.lora import TARGETS, LoraConfig
 from rfl_jax.models.wan.config import DIT_PRESETS
-from rfl_jax.models.wan.dit import DiT
 
 
 def convert(file: str, preset: str = "") -> tuple[LoraConfig, dict[str, np.ndarray]]:
@@ -73,19 +70,3 @@ def read(source: str, preset: str, targets: Sequence[str], rank: int) -> dict[st
         if not name.endswith(suffixes):
             raise UserError(f"{source}: adapts {name[:-7]}, which config.lora_target_modules does not name")
     return arrays
-
-
-def load(source: str, model: DiT, preset: str) -> DiT:
-    """Adds the adapters to a DiT, in place.
-
-    Args:
-        source: a file or a folder of converted adapters.
-        model: of the preset's sizes.
-        preset: of the network.
-    """
-    arrays = convert(source, preset)[1] if not store.is_converted(source) else store.restore(source)
-    modules = {name.rsplit(".", 1)[0] for name in arrays}
-    targets = [t for t, ours in TARGETS.items() if any(m.endswith(f".{ours}") for m in modules)]
-    rank = next(a.shape[-1] for name, a in arrays.items() if name.endswith("lora_a"))
-    add_lora(model, rank=rank, targets=targets, key=jax.random.key(0))
-    return set_lora(model, {name: jnp.asarray(a) for name, a in arrays.items()})

@@ -14,7 +14,7 @@ from convert.lora import Lora, merge
 from convert.mapping import LazyArray, Rule, Shapes, flat_shapes, lazy_arrays, plan, whole
 from convert.readers import Checkpoint
 from rfl_jax.errors import UserError
-from rfl_jax.models.weights import set_arrays
+from rfl_jax.models.weights import fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Component:
         sources = [source] if isinstance(source, str | Path) else list(source)
         cfg, arrays = self.convert(sources, dtype=dtype, **hints)
         filled = {name: jnp.asarray(whole(array)) for name, array in arrays.items()}
-        return set_arrays(nnx.eval_shape(lambda: self.build(cfg)), filled)
+        return fill(nnx.eval_shape(lambda: self.build(cfg)), filled)
 
 
 def sidecar(source: Path) -> dict:

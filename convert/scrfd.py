@@ -10,7 +10,7 @@ from flax import nnx
 
 from convert.mapping import check_filled
 from convert.onnx_graph import Graph, Node, stride
-from rfl_jax.models.weights import set_arrays
+from rfl_jax.models.weights import fill
 from rfl_jax.rewards.scrfd import (
     ANCHORS,
     KEYPOINTS,
@@ -236,4 +236,4 @@ def load(source: Path | str) -> SCRFD:
         UserError: not an ONNX file, or naming the first node that is not SCRFD's.
     """
     cfg, arrays = convert(source)
-    return set_arrays(nnx.eval_shape(lambda: build(cfg)), jax.tree.map(jnp.asarray, arrays))
+    return fill(nnx.eval_shape(lambda: build(cfg)), jax.tree.map(jnp.asarray, arrays))

@@ -22,7 +22,7 @@ from rfl_jax.files import absolute, array_handler
 from rfl_jax.models.lora import LoraConfig
 from rfl_jax.models.umt5 import UMT5Config
 from rfl_jax.models.wan.config import DiTConfig, VAEConfig
-from rfl_jax.models.weights import set_arrays
+from rfl_jax.models.weights import fill
 from rfl_jax.rewards.arcface import IResNetConfig
 from rfl_jax.rewards.scrfd import BlockSpec, ConvSpec, PoolSpec, SCRFDConfig
 
@@ -209,7 +209,7 @@ def open_component(
         arrays = {name: jnp.asarray(_whole(x), weights_dtype) for name, x in lazy.items()}
     else:
         arrays = {name: _placed(x, shardings[name], weights_dtype) for name, x in lazy.items()}
-    return set_arrays(module, arrays)
+    return fill(module, arrays)
 
 
 def _whole(x: LazyArray | np.ndarray) -> np.ndarray:

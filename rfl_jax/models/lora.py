@@ -1,7 +1,7 @@
 """Low-rank adapters on the linear layers of a stacked transformer."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import jax
@@ -62,10 +62,6 @@ def add_lora(model: M, *, rank: int, targets: Sequence[str], key: Array, alpha: 
     return model
 
 
-def set_lora(model: M, arrays: Mapping[str, Array]) -> M:
-    """Fills adapters added before, by dotted path (`blocks.self_attn.q.lora_a`), in place."""
-    layers = targeted(model, list(TARGETS))
-    for name, value in arrays.items():
-        path, leaf = name.rsplit(".", 1)
-        setattr(layers[path], leaf, nnx.LoRAParam(jnp.asarray(value, jnp.float32)))
-    return model
+def is_adapters(arrays: Iterable[str]) -> bool:
+    """Whether these are the names of adapters alone."""
+    return all(name.endswith(("lora_a", "lora_b")) for name in arrays)

@@ -30,9 +30,10 @@ from rfl_jax.data.prepare import clip_multiple, open_text_encoder, video_size
 from rfl_jax.data.text import PromptTokenizer
 from rfl_jax.data.videos import fit_frame, frame_size, read_image, to_uint8
 from rfl_jax.errors import UserError
-from rfl_jax.models.lora import TARGETS, add_lora, set_lora
+from rfl_jax.models.lora import TARGETS, add_lora
 from rfl_jax.models.wan.conditioning import first_frame_condition
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
+from rfl_jax.models.weights import fill
 from rfl_jax.sampling.schedule import Phase, experts_at
 from rfl_jax.sampling.solvers import SOLVERS, make_solver
 from rfl_jax.sharding import BATCH, batch_shards, make_mesh, replicated, shardings
@@ -430,7 +431,7 @@ def replace_arrays(module: Any, arrays: dict[str, np.ndarray]) -> Any:
             if expected is not None and tuple(expected) != found:
                 raise UserError(f"--lora: {name} is {found}, expected {tuple(expected)} as the network's")
         add_lora(module, rank=rank, targets=targets, key=jax.random.key(0))
-        return set_lora(module, {name: jnp.asarray(x) for name, x in arrays.items()})
+        return fill(module, {name: jnp.asarray(x) for name, x in arrays.items()}, partial=True)
     graph, params, rest = nnx.split(module, nnx.Param, ...)
     flat = dict(nnx.to_flat_state(params))
     for path, leaf in flat.items():

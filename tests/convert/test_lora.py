@@ -15,9 +15,9 @@ from convert.__main__ import main as convert_main
 from convert.mapping import flat_shapes, unfill, whole
 from rfl_jax.errors import UserError
 from rfl_jax.miniature.world import ASSETS, DIT_FILES
-from rfl_jax.models.lora import LoraConfig, add_lora, set_lora
+from rfl_jax.models.lora import LoraConfig, add_lora
 from rfl_jax.models.wan.config import DiTConfig
-from rfl_jax.models.weights import get_arrays, set_arrays
+from rfl_jax.models.weights import fill, get_arrays
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
 from rfl_jax.training.setup import set_up
@@ -36,9 +36,7 @@ RANK = 3
 def base():
     model = dit.build(CFG)
     rng = np.random.default_rng(1)
-    return set_arrays(
-        model, {k: v + 0.1 * rng.normal(size=v.shape).astype(np.float32) for k, v in get_arrays(model).items()}
-    )
+    return fill(model, {k: v + 0.1 * rng.normal(size=v.shape).astype(np.float32) for k, v in get_arrays(model).items()})
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +60,7 @@ def source(base, tmp_path_factory):
 
 def adapted(base, trained):
     model = add_lora(nnx.clone(base), rank=RANK, targets=TARGETS, key=jax.random.key(0))
-    return set_lora(model, trained)
+    return fill(model, trained, partial=True)
 
 
 def inputs():

@@ -14,7 +14,7 @@ from convert import arcface, scrfd, store
 from convert.onnx_export import export_iresnet, export_scrfd
 from convert.verify import compare
 from rfl_jax.errors import UserError
-from rfl_jax.models.weights import get_arrays, set_arrays
+from rfl_jax.models.weights import fill, get_arrays
 from rfl_jax.rewards.arcface import IResNet, IResNetConfig
 from rfl_jax.rewards.scrfd import SCRFD, ConvSpec, family, mobilenet, resnet
 
@@ -36,9 +36,7 @@ def errors(kind, files, directory):
 def randomised(model, seed):
     """No weight at its initial value."""
     rng = np.random.default_rng(seed)
-    return set_arrays(
-        model, {k: v + 0.1 * rng.normal(size=v.shape).astype(np.float32) for k, v in get_arrays(model).items()}
-    )
+    return fill(model, {k: v + 0.1 * rng.normal(size=v.shape).astype(np.float32) for k, v in get_arrays(model).items()})
 
 
 def run(file, x):

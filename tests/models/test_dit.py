@@ -16,7 +16,7 @@ from rfl_jax.models.quantize import quantize
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT, timestep_embedding
 from rfl_jax.models.wan.rope import rope_freqs, split_pairs
-from rfl_jax.models.weights import get_arrays, set_arrays
+from rfl_jax.models.weights import fill, get_arrays
 from rfl_jax.sharding import shardings
 from tests.devices import make_mesh
 from tests.golden import relative
@@ -31,7 +31,7 @@ def random_model(cfg=CFG, **options):
     model = DiT(cfg, rngs=nnx.Rngs(0), **options)
     rng = np.random.default_rng(1)
     arrays = {k: v + 0.1 * rng.normal(size=v.shape).astype(np.float32) for k, v in get_arrays(model).items()}
-    return set_arrays(model, arrays)
+    return fill(model, arrays)
 
 
 def inputs(cfg=CFG, seed=2):
@@ -90,7 +90,7 @@ def test_scan_equals_loop():
     empty = dataclasses.replace(CFG, num_layers=0)
     tail = DiT(empty, rngs=nnx.Rngs(0), remat_policy="none")
     shared = {k: v for k, v in get_arrays(model).items() if not k.startswith("blocks.")}
-    tail = set_arrays(tail, get_arrays(tail) | shared)
+    tail = fill(tail, get_arrays(tail) | shared)
     # A network without layers that embeds these tokens as they are gives the head's output.
     tail.patch_embedding = lambda _: tokens
     assert relative(tail(x, t, context), want) < 1e-5

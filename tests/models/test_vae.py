@@ -12,7 +12,7 @@ from convert.mapping import unfill
 from rfl_jax.models.wan.conditioning import first_frame_condition
 from rfl_jax.models.wan.config import VAE_PRESETS, VAEConfig
 from rfl_jax.models.wan.vae import VAE
-from rfl_jax.models.weights import get_arrays, set_arrays
+from rfl_jax.models.weights import fill, get_arrays
 from tests.devices import make_mesh
 from tests.golden import relative
 
@@ -25,7 +25,7 @@ CONFIGS = {
 def random_vae(version):
     model = VAE(CONFIGS[version], rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
-    return set_arrays(
+    return fill(
         model, {k: v + 0.05 * rng.normal(size=v.shape).astype(np.float32) for k, v in get_arrays(model).items()}
     )
 

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 
 from convert import dit, lora
 from convert.mapping import flat_shapes
-from rfl_jax.models.lora import add_lora, set_lora
+from rfl_jax.models.lora import add_lora
+from rfl_jax.models.weights import fill
 from rfl_jax.sampling.rollout import Expert, rollout
 from rfl_jax.sampling.schedule import plan_phases, sigmas
 from tests.golden import ROOT, case, channels_last, needs_golden, relative
@@ -53,7 +54,7 @@ def test_latents_kl_and_adapter_gradients():
         targets=config["lora"]["targets"],
         key=jax.random.key(0),
     )
-    graph, trainable, frozen = nnx.split(set_lora(tuned, adapters), nnx.LoRAParam, ...)
+    graph, trainable, frozen = nnx.split(fill(tuned, adapters, partial=True), nnx.LoRAParam, ...)
 
     y, context = channels_last(io["in.y"]), io["in.context"]
     levels = sigmas(config["steps"], config["shift"])

@@ -1,0 +1,168 @@
+"""The folder of a run: what lies where in it, and what training left there."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from rfl_jax.errors import UserError
+from rfl_jax.files import absolute, array_handler
+
+BEST = "best"  # names the checkpoint that validation judged best, where a step's number could stand
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Names in a run's folder (`--workdir`), which may lie in a bucket.
+
+    Attributes:
+        path: the folder itself.
+    """
+
+    path: epath.Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config(self) -> epath.Path:
+        """The configuration as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def about(self) -> epath.Path:
+        """Versions, devices and weights that the run trains with."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> epath.Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def validation(self) -> epath.Path:
+        """Measures of the held-out clips at every validation."""
+        return self.path / "validation.json"
+
+    @property
+    def evaluation(self) -> epath.Path:
+        """Measures of the held-out clips before and after training."""
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_files(self) -> epath.Path:
+        """Folder of the evaluation's videos and plots."""
+        return self.path / "evaluation"
+
+    @property
+    def profile(self) -> epath.Path:
+        """Time of a step by phase."""
+        return self.path / "profile.json"
+
+    @property
+    def trace(self) -> epath.Path:
+        """Folder of the profiler's own files."""
+        return self.path / "profile"
+
+    @property
+    def tensorboard(self) -> epath.Path:
+        """Folder of TensorBoard's events."""
+        return self.path / "tensorboard"
+
+    @property
+    def samples(self) -> epath.Path:
+        """Folder of videos that training shows."""
+        return self.path / "samples"
+
+    def sample(self, step: int) -> epath.Path:
+        """The video of a step."""
+        return self.samples / f"step_{step:06d}.mp4"
+
+    @property
+    def cache(self) -> epath.Path:
+        """Folder of prepared clips, unless the configuration names another."""
+        return self.path / "cache"
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """Folder of the last checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> epath.Path:
+        """Folder of the checkpoint that validation judged best."""
+        return self.path / BEST
+
+    def adapters(self, network: str) -> epath.Path:
+        """A network's trained adapters by the original's names of layers."""
+        return self.path / f"{network}_lora.safetensors"
+
+    def exists(self) -> bool:
+        """Whether a run began here."""
+        return self.config.exists()
+
+    def read_config(self) -> dict[str, Any]:
+        """The run's configuration, to be parsed.
+
+        Raises:
+            UserError: no run began here, or its configuration cannot be read.
+        """
+        if not self.exists():
+            raise UserError(f"{self.path}: expected the folder of a run, with its {self.config.name}")
+        try:
+            return json.loads(self.config.read_text())
+        except ValueError as error:
+            raise UserError(f"{self.config}: expected JSON ({error})") from None
+
+
+def find_checkpoint(folder: RunFolder, step: str = "") -> epath.Path:
+    """The folder of a run's checkpoint.
+
+    Args:
+        folder: of the run.
+        step: its number, or "best"; the last by default.
+
+    Raises:
+        UserError: no such run or checkpoint.
+    """
+    if not folder.exists():
+        raise UserError(f"{folder}: expected the folder of a run, with its {folder.config.name}")
+    parent = absolute(folder.best if step == BEST else folder.checkpoints)
+    steps = sorted(int(p.name) for p in parent.iterdir() if p.name.isdigit()) if parent.is_dir() else []
+    if not steps:
+        why = ": config.eval_every keeps one" if step == BEST else ""
+        raise UserError(f"{folder}/{parent.name}: holds no checkpoint{why}")
+    number = str(steps[-1]) if step in ("", BEST) else step
+    if not number.isdigit() or int(number) not in steps:
+        raise UserError(
+            f"--step: {folder} has no checkpoint {step}, expected one of {', '.join(map(str, steps))}, or {BEST}"
+        )
+    return parent / str(int(number))
+
+
+def trained_networks(checkpoint: epath.Path) -> list[str]:
+    """Networks that a checkpoint holds weights or adapters for."""
+    with ocp.Checkpointer(array_handler()) as checkpointer:
+        return sorted(checkpointer.metadata(checkpoint / "state").item_metadata.tree["params"])
+
+
+def read_network(checkpoint: epath.Path, network: str) -> dict[str, np.ndarray]:
+    """The trained arrays of one network by dotted path; those of other networks are not read."""
+    with ocp.Checkpointer(array_handler()) as checkpointer:
+        tree = checkpointer.metadata(checkpoint / "state").item_metadata.tree
+        wanted = {"params": {network: tree["params"][network]}}
+        restored = checkpointer.restore(
+            checkpoint / "state",
+            ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
+                partial_restore=True,
+            ),
+        )
+    found, _ = jax.tree_util.tree_flatten_with_path(restored["params"][network])
+    names = (jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in found)
+    return dict(zip(names, (array for _, array in found), strict=True))
