@@ -5,10 +5,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from convert.readers import Index
+from convert.readers import Index, is_finite
 from rfl_jax.errors import UserError
 
 MOST_NAMED = 12
@@ -175,6 +176,30 @@ def _shape_after(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...
         return None
 
 
+def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The numbers in another type.
+
+    Args:
+        value: finite numbers.
+        dtype: of the result.
+        name: for the message: file and key.
+
+    Raises:
+        UserError: one is too large for the type.
+    """
+    largest = float(ml_dtypes.finfo(dtype).max)
+    if float(ml_dtypes.finfo(value.dtype).max) <= largest:
+        return value.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):
+        out = value.astype(dtype)
+    if not is_finite(out):
+        raise UserError(
+            f"{name} holds numbers up to {np.abs(value.astype(np.float64)).max():g}, but {dtype} ends at {largest:g}:"
+            " expected a --dtype of more range (bfloat16 or float32)"
+        )
+    return out
+
+
 Added = Mapping[int | None, Sequence[Callable[[Index], np.ndarray]]]
 
 
@@ -187,6 +212,7 @@ class LazyArray:
         read: returns a source tensor of a key, or a part of it.
         dtype: of the result.
         added: by layer (None: the whole) what is added in float32: functions of the part asked for.
+        name: of a source tensor, for messages: file and key.
     """
 
     def __init__(
@@ -196,6 +222,7 @@ class LazyArray:
         read: Callable[[str, Index], np.ndarray],
         dtype: np.dtype,
         added: Added | None = None,
+        name: Callable[[str], str] = str,
     ) -> None:
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
@@ -203,11 +230,12 @@ class LazyArray:
         self._parts = {part.layer: part for part in parts}
         self._read = read
         self._added: Added = added or {}
+        self._name = name
 
     def plus(self, added: Added) -> "LazyArray":
         """The same with something more added."""
         together = {k: [*self._added.get(k, ()), *added.get(k, ())] for k in self._added.keys() | added.keys()}
-        return LazyArray(list(self._parts.values()), self.shape, self._read, self.dtype, together)
+        return LazyArray(list(self._parts.values()), self.shape, self._read, self.dtype, together, self._name)
 
     @property
     def ndim(self) -> int:
@@ -252,7 +280,7 @@ class LazyArray:
             value = value.astype(np.float32)
             for part_of in self._added[layer]:
                 value = value + part_of(index)
-        return _contiguous(value.astype(self.dtype, copy=False))
+        return _contiguous(cast(value, self.dtype, self._name(part.key)))
 
 
 ROWS = 16  # of a transposed matrix copied together: the cache lines they share are used before they are gone
@@ -273,20 +301,23 @@ def lazy_arrays(
     target: Shapes,
     read: Callable[[str, Index], np.ndarray],
     dtype_of: Callable[[str], np.dtype],
+    name: Callable[[str], str] = str,
 ) -> dict[str, LazyArray]:
     """Every assigned tensor in its (stacked) place, unread.
 
     Args:
+        read: returns a source tensor of a key, or a part of it.
         dtype_of: dtype of the result for a source key; layers that differ become float32.
+        name: of a source tensor, for messages: file and key.
     """
     parts: dict[str, list[Assignment]] = {}
     for item in assignments:
         parts.setdefault(item.target, []).append(item)
     arrays = {}
-    for name, items in parts.items():
+    for path, items in parts.items():
         dtypes = {dtype_of(item.key) for item in items}
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-        arrays[name] = LazyArray(items, target[name], read, dtype)
+        arrays[path] = LazyArray(items, target[path], read, dtype, name=name)
     return arrays
 
 
