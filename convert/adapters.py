@@ -1,56 +1,60 @@
 """Adapters from a file in any naming, or from a folder of converted ones (`python -m convert lora`)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from convert import dit, store
-from convert.lora import Lora, adapters
+from convert.lora import Lora, UnfitError, adapters, expert_of
 from convert.mapping import flat_shapes
+from convert.readers import Checkpoint
 from rfl_jax.errors import UserError
 from rfl_jax.models.lora import TARGETS, LoraConfig
 from rfl_jax.models.wan.config import DIT_PRESETS
 
 
-def convert(file: str, preset: str = "") -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def convert(file: str, preset: str = "", expert: str = "") -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Config and arrays by our paths, scale 1.
 
     Args:
-        file: safetensors.
+        file: safetensors, or a pickle, or the folder of one.
         preset: of the network; by default the first that the file fits.
+        expert: "dit" or "dit2": whose adapters are meant, where a file has those of both.
 
     Raises:
         UserError: it fits none, or changes more than the layers that can have adapters.
     """
     if preset and preset not in DIT_PRESETS:
         raise UserError(f"preset={preset}: expected one of {', '.join(DIT_PRESETS)}")
-    refusal: UserError | None = None
+    refusals: dict[str, UnfitError] = {}
     for name in [preset] if preset else DIT_PRESETS:
         try:
-            found = Lora(file, dit.NAMINGS, flat_shapes(store.build("dit", DIT_PRESETS[name])))
-        except UserError as error:
-            refusal = refusal or error
+            found = Lora(file, dit.NAMINGS, flat_shapes(store.build("dit", DIT_PRESETS[name])), expert)
+        except UnfitError as error:
+            refusals[name] = error
             continue
         arrays = adapters(found, tuple(TARGETS), DIT_PRESETS[name].num_layers)
         return LoraConfig(name, found.ranks.pop()), arrays
-    assert refusal is not None
-    raise refusal
+    closest = min(refusals, key=lambda name: refusals[name].count)
+    raise UserError(f"{refusals[closest]}; expected adapters of {closest}{'' if preset else ', the closest preset'}")
 
 
 def network_of(file: str) -> str:
-    """The network that a file's header says its adapters are of; empty if it says nothing."""
+    """The network that a file's header, or the prefix of its keys, says its adapters are of; empty if none does."""
     if store.is_converted(file):
         return ""
-    try:
-        with safe_open(file, "np") as content:
-            return (content.metadata() or {}).get("network", "")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: expected safetensors of adapters ({error})") from None
+    checkpoint = Checkpoint([Path(file)], prefixes=())
+    return checkpoint.metadata.get("network", "") or expert_of(checkpoint.shapes)
 
 
-def read(source: str, preset: str, targets: Sequence[str], rank: int) -> dict[str, np.ndarray]:
+def read(source: str, preset: str, targets: Sequence[str], rank: int, expert: str = "") -> dict[str, np.ndarray]:
     """Adapters for a run of these settings, from a file or a folder of converted ones.
+
+    Args:
+        source: file or folder.
+        preset, targets, rank: the run's network, adapted layers (the original's names) and rank.
+        expert: "dit" or "dit2": whose adapters are meant, where a file has those of both.
 
     Raises:
         UserError: they are of another network or rank, or adapt other layers than `targets`.
@@ -62,7 +66,7 @@ def read(source: str, preset: str, targets: Sequence[str], rank: int) -> dict[st
         if any(shapes[0][n] != shapes[1].get(n) for n in shapes[0] if n.startswith("blocks.")):
             raise UserError(f"{source}: adapts {cfg.preset}, expected {preset}")
     else:
-        cfg, arrays = convert(source, preset)
+        cfg, arrays = convert(source, preset, expert)
     if cfg.rank != rank:
         raise UserError(f"config.lora_rank: {rank}, but {source} has rank {cfg.rank}")
     suffixes = tuple(f".{TARGETS[target]}.lora_{half}" for target in targets for half in "ab")

@@ -3,40 +3,109 @@
 | who writes it | example |
 |---|---|
 | PEFT | `base_model.model.blocks.0.self_attn.q.lora_A.weight`, alpha in adapter_config.json |
-| diffusers | `transformer.blocks.0.attn1.to_q.lora_A.weight` |
+| diffusers | `transformer.blocks.0.attn1.to_q.lora_A.weight`, alpha in the header |
 | lightx2v, ComfyUI | `diffusion_model.blocks.0.self_attn.q.lora_down.weight`, `.alpha`, `.diff`, `.diff_b`, `.diff_m` |
 | kohya | `lora_unet_blocks_0_self_attn_q.lora_down.weight`, `.alpha` |
+| VideoX-Fun | `lora_unet__blocks_0_self_attn_q.lora_down.weight`, `.alpha` |
 | DiffSynth (the original trainer) | `blocks.0.self_attn.q.lora_A.default.weight` |
+| ai-toolkit | `diffusion_model.transformer_2.blocks.0.self_attn.q.lora_A.weight`: both experts in one file |
 """
 
 import dataclasses
-import json
+import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from convert import lora_scale
 from convert.mapping import MOST_NAMED, Assignment, LazyArray, Rule, Shapes, transpose
-from convert.readers import Checkpoint, Index
+from convert.readers import WRAPPERS, Checkpoint, Index
+from convert.recognise import looks_like
 from rfl_jax.errors import UserError
 from rfl_jax.models.lora import TARGETS
 
-PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "transformer_2.", "model.diffusion_model.")
-KOHYA = "lora_unet_"
-# What follows a module's name, and which of its tensors it changes.
-SUFFIXES = {
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".alpha": "alpha",
-    ".diff": "weight",
-    ".diff_b": "bias",
-    ".diff_m": "modulation",
+# What tools put before a module's name, in any order and number.
+PREFIXES = ("base_model.model.", "model.", "diffusion_model.", "module.", "pipe.", "dit.", "transformer.")
+# The same, where it tells the network: the high-noise expert, and the low-noise one.
+EXPERTS = {
+    "transformer_1.": "dit",
+    "high_noise.": "dit",
+    "high_noise_model.": "dit",
+    "transformer_2.": "dit2",
+    "low_noise.": "dit2",
+    "low_noise_model.": "dit2",
+    "dit2.": "dit2",
 }
+EXPERT_NAMES = {"dit": "high-noise expert", "dit2": "low-noise expert"}
+# How `--expert` calls them.
+EXPERT_OPTIONS = {"high": "dit", "low": "dit2"}
+KOHYA = "lora_unet_"
+KOHYA_PREFIX = re.compile(r"^lora_unet_+(?:orig_mod_+)?")
+# What follows a module's name, and which of its tensors it changes. PEFT's adapters can have names.
+SUFFIXES = {
+    re.compile(r"\.lora_A(\.[^.]+)?\.weight$"): "down",
+    re.compile(r"\.lora_B(\.[^.]+)?\.weight$"): "up",
+    re.compile(r"\.(lora_down(\.[^.]+)?|lora\.down|lora_linear_layer\.down)\.weight$"): "down",
+    re.compile(r"\.(lora_up(\.[^.]+)?|lora\.up|lora_linear_layer\.up)\.weight$"): "up",
+    re.compile(r"\.alpha$"): "alpha",
+    re.compile(r"\.diff$"): "weight",
+    re.compile(r"\.diff_b$"): "bias",
+    re.compile(r"\.diff_m$"): "modulation",
+}
+
+
+class UnfitError(UserError):
+    """A file that does not fit a network.
+
+    Attributes:
+        count: of its faults.
+    """
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of a file, taken apart.
+
+    Attributes:
+        name: the key.
+        module: what it is of, without prefixes.
+        part: a value of `SUFFIXES`.
+        expert: "dit" or "dit2" where a prefix says so.
+        prefix: that says so.
+    """
+
+    name: str
+    module: str
+    part: str
+    expert: str
+    prefix: str
+
+
+def take_apart(key: str) -> Key | None:
+    """None for a key that is of no adapter."""
+    found = next(((s, match) for s in SUFFIXES if (match := s.search(key))), None)
+    if found is None:
+        return None
+    suffix, match = found
+    module, expert, said = WRAPPERS.sub("", key[: match.start()]), "", ""
+    while prefix := next((p for p in (*PREFIXES, *EXPERTS) if module.startswith(p)), ""):
+        module = module.removeprefix(prefix)
+        if prefix in EXPERTS:
+            expert, said = EXPERTS[prefix], prefix
+    return Key(key, KOHYA_PREFIX.sub(KOHYA, module), SUFFIXES[suffix], expert, said)
+
+
+def expert_of(keys: Iterable[str]) -> str:
+    """The expert that the prefixes of a file's keys name: "dit", "dit2", or empty for none or both."""
+    found = {key.expert for key in map(take_apart, keys) if key}
+    return found.pop() if len(found) == 1 else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,63 +146,166 @@ class Lora:
     """A file of adapters, every key of it assigned to a tensor of a network.
 
     Args:
-        file: safetensors.
+        file: safetensors, or a pickle, or the folder of one.
         namings: key tables of the network.
         target: shapes of the network.
+        expert: "dit" or "dit2", whose adapters are meant where the file has those of both.
+
+    Attributes:
+        deltas: what the file adds, by tensor and layer.
+        ranks: of its products.
 
     Raises:
-        UserError: naming all keys that belong to no tensor of this network, or have no partner, or another shape.
+        UserError: naming all keys that belong to no tensor of this network, or have no partner, or another shape, or
+            change the same; two places that say different scales; numbers that are not finite; adapters of both
+            experts and no `expert`.
     """
 
-    def __init__(self, file: Path | str, namings: Mapping[str, Sequence[Rule]], target: Shapes) -> None:
+    def __init__(
+        self, file: Path | str, namings: Mapping[str, Sequence[Rule]], target: Shapes, expert: str = ""
+    ) -> None:
         self.file = Path(file)
         self.deltas: dict[tuple[str, int | None], Delta] = {}
         self.ranks: set[int] = set()
         self._checkpoint = Checkpoint([self.file], prefixes=())
-        places = _places(namings, target)
-        found: dict[str, dict[str, str]] = {}
-        problems = []
-        for key in self._checkpoint.shapes:
-            suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
-            if suffix is None:
-                problems.append(f"unexpected tensor {key}")
+        self._places = _places(namings, target)
+        self._target = target
+        self._problems: list[str] = []
+        keys = self._keys_of(expert)
+        modules: dict[str, dict[str, str]] = {}
+        for key in keys:
+            parts = modules.setdefault(key.module, {})
+            if key.part in parts:
+                self._problems.append(f"{key.name} and {parts[key.part]} are both of {key.module}, expected one")
             else:
-                found.setdefault(_module(key.removesuffix(suffix)), {})[SUFFIXES[suffix]] = key
-        alpha = _sidecar_alpha(self.file)
-        for module, keys in found.items():
-            for tensor, down, up in _pairs(keys, problems):
-                place = places.get((module, tensor))
-                if place is None:
-                    problems.append(f"{down} belongs to no tensor of this network")
-                    continue
-                shape = target[place.target][1:] if place.layer is not None else target[place.target]
-                delta = self._delta(place, down, up, keys.get("alpha"), alpha)
-                wrong = self._wrong_shape(delta, shape)
-                if wrong:
-                    problems.append(wrong)
-                else:
-                    self.deltas[place.target, place.layer] = delta
-        if not self.deltas and not problems:
-            problems.append("holds no adapters")
-        if problems:
-            more = f" (+{len(problems) - MOST_NAMED} more)" if len(problems) > MOST_NAMED else ""
-            raise UserError(f"{file}: {'; '.join(problems[:MOST_NAMED])}{more}")
+                parts[key.part] = key.name
+        changes = [change for module, parts in modules.items() for change in self._changes(module, parts)]
+        # Where the factors do not fit, what else could be said would be of another network.
+        if not self._problems:
+            for key in keys:
+                self._checkpoint.read(key.name)
+            self._scale(changes, "transformer_2" if {key.expert for key in keys} == {"dit2"} else "transformer")
+        if not changes and not self._problems:
+            self._problems.append("holds no adapters")
+        if self._problems:
+            self._refuse()
+
+    def _refuse(self) -> None:
+        message = f"{self.file}: {listed(self._problems)}; {looks_like(self._checkpoint.shapes)}"
+        raise UnfitError(message, len(self._problems))
+
+    def _keys_of(self, expert: str) -> list[Key]:
+        """The keys of the one expert that is meant."""
+        keys = []
+        for name in self._checkpoint.shapes:
+            key = take_apart(name)
+            if key is None:
+                self._problems.append(f"unexpected tensor {name}")
+            else:
+                keys.append(key)
+        first = [key for key in keys if key.expert != "dit2"]
+        second = [key for key in keys if key.expert == "dit2"]
+        if first and second:
+            if not expert:
+                raise UserError(
+                    f"{self.file}: holds adapters of both experts ({first[0].name}, {second[0].name}), expected those of"
+                    " one: choose with --expert high or --expert low (of a run: dit=FILE or dit2=FILE)"
+                )
+            return second if expert == "dit2" else first
+        named = {key.expert for key in keys} - {""}
+        if expert and named and named != {expert}:
+            prefix = next(key.prefix for key in keys if key.prefix)
+            raise UserError(
+                f"{self.file}: holds adapters of the {EXPERT_NAMES[named.pop()]} alone ({prefix}), expected those of the"
+                f" {EXPERT_NAMES[expert]}"
+            )
+        return keys
+
+    def _changes(self, module: str, parts: Mapping[str, str]) -> list[tuple[Delta, str, str]]:
+        """The differences of one module, scale 1, each with the module's name and the key of its alpha."""
+        changes = []
+        for tensor, down, up in self._pairs(parts):
+            place = self._places.get((module, tensor))
+            if place is None:
+                self._problems.append(f"{down} belongs to no tensor of this network")
+                continue
+            delta = Delta(place, down, up, 1.0, self._read)
+            before = self.deltas.get((place.target, place.layer))
+            if before:
+                self._problems.append(f"{before.down} and {down} both change {place.key}, expected one of them")
+            elif wrong := self._wrong_shape(delta):
+                self._problems.append(wrong)
+            else:
+                self.deltas[place.target, place.layer] = delta
+                changes.append((delta, module, parts.get("alpha", "") if up else ""))
+        return changes
+
+    def _pairs(self, parts: Mapping[str, str]) -> list[tuple[str, str, str]]:
+        """The tensor that is changed and the keys of what changes it, one or two."""
+        pairs = []
+        if "down" in parts and "up" in parts:
+            pairs.append(("weight", parts["down"], parts["up"]))
+        elif half := parts.get("down", parts.get("up")):
+            self._problems.append(f"{half} has no partner")
+        elif "alpha" in parts:
+            self._problems.append(f"{parts['alpha']} has no factors")
+        pairs += [(tensor, parts[tensor], "") for tensor in ("weight", "bias", "modulation") if tensor in parts]
+        return pairs
+
+    def _scale(self, changes: Sequence[tuple[Delta, str, str]], component: str) -> None:
+        """Gives every product the scale that the file, its header and its own sidecar say."""
+        products = [(delta, module, alpha) for delta, module, alpha in changes if delta.up]
+        try:
+            settings = lora_scale.of_header(self._checkpoint.metadata, component)
+        except UserError as error:
+            raise UserError(f"{self.file}: {error}") from None
+        config = self._checkpoint.files[0].with_name("adapter_config.json")
+        unused = ""
+        if products and config.exists():
+            if self._is_pefts([delta.down for delta, _, _ in products]):
+                settings.append(lora_scale.of_sidecar(config))
+            else:
+                unused = f" ({config.name} beside it is of PEFT's files, whose keys are others)"
+        names: dict[tuple[str, int | None], list[str]] = {}
+        for (module, _), place in self._places.items():
+            if not module.startswith(KOHYA):
+                names.setdefault((place.target, place.layer), []).append(module)
+        unsaid = False
+        for delta, module, alpha_key in products:
+            at = delta.place.target, delta.place.layer
+            rank = self._checkpoint.shapes[delta.down][0]
+            self.ranks.add(rank)
+            try:
+                alpha = (alpha_key, self._number(alpha_key)) if alpha_key else None
+                scale = lora_scale.combine([module, *names[at]], rank, alpha, settings)
+            except UserError as error:
+                self._problems.append(str(error).removeprefix(f"{self.file}: "))
+                continue
+            unsaid = unsaid or not (alpha or settings)
+            self.deltas[at] = dataclasses.replace(delta, scale=scale)
+        if unsaid and not self._problems:
+            _say(f"{self.file}: says no alpha{unused}, so its adapters count as they are (scale 1)")
+
+    def _is_pefts(self, keys: Sequence[str]) -> bool:
+        """Whether a file is one that PEFT writes an adapter_config.json for."""
+        if not all(re.search(r"\.lora_A(\.[^.]+)?\.weight$", key) for key in keys):
+            return False
+        if all(key.startswith("base_model.model.") for key in keys):
+            return True
+        bare = not any(key.startswith((*PREFIXES, *EXPERTS, KOHYA)) for key in keys)
+        return bare and self._checkpoint.files[0].stem == "adapter_model"
 
     def _read(self, key: str) -> np.ndarray:
         return self._checkpoint.read(key).astype(np.float32)
 
-    def _delta(self, place: Assignment, down: str, up: str, alpha_key: str | None, alpha: float | None) -> Delta:
-        scale = 1.0
-        if up:
-            rank = self._checkpoint.shapes[down][0]
-            self.ranks.add(rank)
-            if alpha_key is not None:
-                alpha = float(self._read(alpha_key).reshape(-1)[0])
-            # Without an alpha the product is meant as it is.
-            scale = 1.0 if alpha is None else alpha / rank
-        return Delta(place, down, up, scale, self._read)
+    def _number(self, key: str) -> float:
+        value = self._read(key)
+        if value.size != 1:
+            raise UserError(f"{key} has shape {list(value.shape)}, expected one number")
+        return float(value.reshape(()))
 
-    def _wrong_shape(self, delta: Delta, shape: Sequence[int]) -> str | None:
+    def _wrong_shape(self, delta: Delta) -> str | None:
+        shape = self._target[delta.place.target][0 if delta.place.layer is None else 1 :]
         source = delta.place.transform.inverse(np.broadcast_to(np.float32(0), shape)).shape
         down = self._checkpoint.shapes[delta.down]
         if not delta.up:
@@ -141,33 +313,28 @@ class Lora:
                 return f"{delta.down} has shape {list(down)}, expected {list(source)}"
             return None
         up = self._checkpoint.shapes[delta.up]
-        rank, inner = down[0], int(np.prod(down[1:]))
-        if inner != int(np.prod(source[1:])) or up[0] != source[0] or int(np.prod(up[1:])) != rank:
+        rank = down[0] if len(down) > 1 and len(up) > 1 else 0
+        inner = int(np.prod(down[1:]))
+        if not rank or inner != int(np.prod(source[1:])) or up[0] != source[0] or int(np.prod(up[1:])) != rank:
             return f"{delta.down} {list(down)} and {delta.up} {list(up)} do not make {list(source)}"
         return None
 
 
-def _pairs(keys: Mapping[str, str], problems: list[str]) -> Iterator[tuple[str, str, str]]:
-    if "down" in keys and "up" in keys:
-        yield "weight", keys["down"], keys["up"]
-    elif half := keys.get("down", keys.get("up")):
-        problems.append(f"{half} has no partner")
-    elif "alpha" in keys:
-        problems.append(f"{keys['alpha']} has no factors")
-    for tensor in ("weight", "bias", "modulation"):
-        if tensor in keys:
-            yield tensor, keys[tensor], ""
+def listed(problems: Sequence[str]) -> str:
+    """The first faults, and how many there are."""
+    more = f" (+{len(problems) - MOST_NAMED} more)" if len(problems) > MOST_NAMED else ""
+    return f"{'; '.join(problems[:MOST_NAMED])}{more}"
 
 
-def _module(name: str) -> str:
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+@functools.cache
+def _say(text: str) -> None:
+    """A line on stderr, once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _places(namings: Mapping[str, Sequence[Rule]], target: Shapes) -> dict[tuple[str, str], Assignment]:
     """Where a module's tensor is, by the module's name in every naming, kohya's included."""
-    places = {}
+    places: dict[tuple[str, str], Assignment] = {}
     for rules in namings.values():
         for rule in rules:
             if rule.target is None or rule.target not in target:
@@ -176,26 +343,11 @@ def _places(namings: Mapping[str, Sequence[Rule]], target: Shapes) -> dict[tuple
                 key = rule.key(layer)
                 place = Assignment(key, rule.target, layer, rule.transform)
                 module, _, tensor = key.rpartition(".")
-                # diffusers calls the modulation by another name; differences of it are published in the original's.
-                for name in (module, KOHYA + module.replace(".", "_")):
-                    places[name, tensor] = place
+                # The modulation is a tensor of no layer of its own: a difference can be named after either.
+                alone = tensor not in ("weight", "bias")
+                for name, part in [(module, tensor), *([(key, "weight")] if alone else [])]:
+                    places[name, part] = places[KOHYA + name.replace(".", "_"), part] = place
     return places
-
-
-def _sidecar_alpha(file: Path) -> float | None:
-    """PEFT's alpha, from the adapter_config.json beside the file."""
-    config = file.parent / "adapter_config.json"
-    if not config.exists():
-        return None
-    try:
-        content = json.loads(config.read_text())
-        alpha, rank = content["lora_alpha"], content["r"]
-        patterns = content.get("alpha_pattern") or content.get("rank_pattern") or content.get("use_rslora")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config}: expected PEFT's adapter configuration ({error})") from None
-    if patterns or not isinstance(alpha, int | float) or not isinstance(rank, int):
-        raise UserError(f"{config}: expected one lora_alpha and one r for all layers")
-    return float(alpha)
 
 
 def merge(arrays: Mapping[str, LazyArray], loras: Sequence[tuple[Lora, float]]) -> dict[str, LazyArray]:
@@ -234,15 +386,23 @@ def adapters(lora: Lora, targets: Sequence[str], layers: int) -> dict[str, np.nd
         raise UserError(f"{lora.file}: expected adapters of one rank, found {sorted(lora.ranks)}")
     suffixes = tuple(f".{TARGETS[target]}.kernel" for target in targets)
     stacks: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+    problems = []
     for (name, layer), delta in lora.deltas.items():
         if layer is None or not delta.up or not name.endswith(suffixes):
-            raise UserError(f"{lora.file}: {delta.down} is no adapter of {', '.join(targets)}")
-        stacks.setdefault(name.removesuffix(".kernel"), {})[layer] = delta.factors()
-    arrays = {}
+            problems.append(f"{delta.down} is no adapter of {', '.join(targets)}")
+        else:
+            stacks.setdefault(name.removesuffix(".kernel"), {})[layer] = delta.factors()
     for name, factors in stacks.items():
         missing = sorted(set(range(layers)) - factors.keys())
         if missing:
-            raise UserError(f"{lora.file}: has no adapter of {name} in layer {missing[0]}, but in others")
+            example = lora.deltas[f"{name}.kernel", min(factors)].down
+            problems.append(
+                f"{example} has no counterpart in block{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+            )
+    if problems:
+        raise UserError(f"{lora.file}: {listed(problems)}")
+    arrays = {}
+    for name, factors in stacks.items():
         for i, leaf in enumerate(("lora_a", "lora_b")):
             arrays[f"{name}.{leaf}"] = np.stack([factors[layer][i] for layer in range(layers)])
     return arrays
