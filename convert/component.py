@@ -13,6 +13,7 @@ from flax import nnx
 from convert.lora import Lora, merge
 from convert.mapping import LazyArray, Rule, Shapes, flat_shapes, lazy_arrays, plan, whole
 from convert.readers import Checkpoint
+from convert.recognise import looks_like
 from rfl_jax.errors import UserError
 from rfl_jax.models.weights import fill
 
@@ -42,6 +43,7 @@ class Component:
         *,
         dtype: str | None = None,
         loras: Sequence[tuple[str, float]] = (),
+        expert: str = "",
         **hints: Any,
     ) -> tuple[Any, dict[str, LazyArray]]:
         """Config and `dotted.path -> array` of a checkpoint. The arrays are checked, but not read yet.
@@ -50,6 +52,7 @@ class Component:
             sources: the checkpoint's files.
             dtype: of the arrays; None keeps the source's (bfloat16 for 8-bit weights).
             loras: files of adapters and their strengths, which are merged into the weights.
+            expert: "dit" or "dit2": whose adapters are meant, where a file has those of both.
             hints: see `infer_config`.
 
         Raises:
@@ -68,10 +71,12 @@ class Component:
             target = flat_shapes(nnx.eval_shape(lambda: self.build(cfg)))
             assignments = plan(rules, checkpoint.shapes, target, what=self.name)
         except UserError as error:
-            raise UserError(f"{paths[0]}: {error}") from None
+            raise UserError(f"{paths[0]}: {error}; {looks_like(checkpoint.shapes)}") from None
         stored = np.dtype(jnp.dtype(dtype)) if dtype else None
-        arrays = lazy_arrays(assignments, target, checkpoint.read, lambda key: stored or checkpoint.dtype(key))
-        merged = [(Lora(file, self.namings, target), strength) for file, strength in loras]
+        arrays = lazy_arrays(
+            assignments, target, checkpoint.read, lambda key: stored or checkpoint.dtype(key), checkpoint.name
+        )
+        merged = [(Lora(file, self.namings, target, expert), strength) for file, strength in loras]
         return cfg, merge(arrays, merged)
 
     def describe(self, sources: Sequence[Path | str]) -> Any:

@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 
 from convert import arcface, dit, scrfd, umt5, vae
 from convert.mapping import LazyArray, whole
-from convert.streaming import streaming_handler
+from convert.streaming import failures_once, streaming_handler
 from rfl_jax.errors import UserError
 from rfl_jax.files import absolute, array_handler
 from rfl_jax.models.lora import LoraConfig
@@ -34,7 +34,13 @@ LAYERS = {kind.__name__: kind for kind in (ConvSpec, PoolSpec, BlockSpec)}
 
 
 def convert(
-    kind: str, sources: list[str], *, dtype: str | None = None, loras: Sequence[tuple[str, float]] = (), **hints: Any
+    kind: str,
+    sources: list[str],
+    *,
+    dtype: str | None = None,
+    loras: Sequence[tuple[str, float]] = (),
+    expert: str = "",
+    **hints: Any,
 ) -> tuple[Any, Mapping[str, LazyArray | np.ndarray]]:
     """Config and arrays of a component's source files.
 
@@ -43,12 +49,13 @@ def convert(
         sources: the checkpoint's files.
         dtype: of the arrays; None keeps the source's.
         loras: for the DiT, files of adapters to merge and their strengths.
+        expert: "dit" or "dit2": whose adapters are meant, where a file has those of both.
         hints: sizes that weights do not tell.
     """
     if loras and kind != "dit":
         raise UserError(f"--lora: adapters are of the dit, not of {kind}")
     if kind in SAFETENSORS:
-        return SAFETENSORS[kind].convert(sources, dtype=dtype, loras=loras, **hints)
+        return SAFETENSORS[kind].convert(sources, dtype=dtype, loras=loras, expert=expert, **hints)
     if len(sources) != 1 or hints or dtype:
         raise UserError(f"{kind}: expected one ONNX file and no further settings")
     return ONNX[kind].convert(sources[0])
@@ -82,7 +89,7 @@ def save(
     handler = ocp.CompositeCheckpointHandler(
         weights=streaming_handler(progress), description=ocp.JsonCheckpointHandler()
     )
-    with ocp.Checkpointer(handler) as checkpointer:
+    with failures_once(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
             absolute(directory),
             ocp.args.Composite(weights=ocp.args.PyTreeSave(dict(arrays)), description=ocp.args.JsonSave(description)),

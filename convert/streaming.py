@@ -1,12 +1,15 @@
 """Writing arrays that are larger than memory: Orbax names, renames and describes them, their pieces pass by one at a time."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from absl import logging
 
 from convert.mapping import LazyArray
 from convert.readers import Index
@@ -22,6 +25,12 @@ class _StreamingHandler(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
         self._progress = progress
         self._turn = asyncio.Semaphore(1)
+        self._failure: Exception | None = None
+
+    async def _background_serialize(self, *args: Any, **options: Any) -> None:
+        await super()._background_serialize(*args, **options)
+        if self._failure:
+            raise self._failure
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         lazy = isinstance(value, LazyArray)
@@ -41,11 +50,28 @@ class _StreamingHandler(ocp.type_handlers.NumpyHandler):
 
     async def _pass_on(self, array: LazyArray, index: Index, target: ts.TensorStore, slots: asyncio.Semaphore) -> None:
         try:
-            piece = await asyncio.to_thread(array.__getitem__, index)
-            await target[index].write(piece, can_reference_source_data_indefinitely=True)
-            self._progress(piece.nbytes)
+            if self._failure is None:
+                piece = await asyncio.to_thread(array.__getitem__, index)
+                await target[index].write(piece, can_reference_source_data_indefinitely=True)
+                self._progress(piece.nbytes)
+        except Exception as error:  # a refused source, or whatever the disk raises
+            # Raised when all pieces have ended: tasks that are left behind would complain one by one.
+            self._failure = self._failure or error
         finally:
             slots.release()
+
+
+@contextlib.contextmanager
+def failures_once() -> Iterator[None]:
+    """Keeps Orbax's threads from telling of a failure that is raised again where they are waited for."""
+    before, threading.excepthook = threading.excepthook, lambda _: None
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+        logging.set_verbosity(verbosity)
 
 
 def _chunks(array: LazyArray) -> list[int]:
