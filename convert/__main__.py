@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from convert import adapters, dit, export, identity, store, verify
-from convert.lora import parse_strength
+from convert.lora import EXPERT_OPTIONS, parse_strength
 from rfl_jax.config import parse
 from rfl_jax.errors import UserError, refuse_in_one_line
 from rfl_jax.files import is_remote, write_whole
@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         one.add_argument("--dst", required=True, help="folder to write; it must not exist yet")
         one.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="sizes that weights do not tell")
+        if kind in ("dit", "lora"):
+            one.add_argument(
+                "--expert", default="", choices=tuple(EXPERT_OPTIONS),
+                help="whose adapters are meant, where a file has those of both",
+            )  # fmt: skip
         if kind == "lora":
             continue
         one.add_argument("--dtype", choices=DTYPES, help="default: as in the source, bfloat16 for 8-bit weights")
@@ -103,7 +108,12 @@ def _convert(args: argparse.Namespace) -> None:
     merged = [(file, strength) for name, strength in loras for file in fetch(name)]
     if args.verify:
         verify.check_possible(args.command, merged)
-    cfg, arrays = store.convert(args.command, files, dtype=args.dtype, loras=merged, **_hints(args.set))
+    expert = getattr(args, "expert", "")
+    if expert and not loras:
+        raise UserError("--expert: says whose adapters of --lora are meant, expected --lora")
+    cfg, arrays = store.convert(
+        args.command, files, dtype=args.dtype, loras=merged, expert=EXPERT_OPTIONS.get(expert, ""), **_hints(args.set)
+    )
     print(cfg)
     origin = identity.of_sources(args.src, files, loras, args.dtype)
     total = sum(array.nbytes for array in arrays.values())
@@ -136,7 +146,7 @@ def _convert_lora(args: argparse.Namespace) -> None:
     settings = dict(item.partition("=")[::2] for item in args.set)
     if len(files) != 1 or set(settings) - {"preset"}:
         raise UserError("lora: expected one file, and no setting but preset")
-    cfg, arrays = adapters.convert(files[0], settings.get("preset", ""))
+    cfg, arrays = adapters.convert(files[0], settings.get("preset", ""), EXPERT_OPTIONS.get(args.expert, ""))
     store.save(args.dst, "lora", cfg, arrays, origin=identity.of_sources(args.src, files, [], "float32"))
     print(f"{args.dst}: {len(arrays) // 2} adapted layers of {cfg.preset}, rank {cfg.rank}")
 
