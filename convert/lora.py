@@ -90,11 +90,12 @@ class Key:
 
 def take_apart(key: str) -> Key | None:
     """None for a key that is of no adapter."""
-    found = next(((s, match) for s in SUFFIXES if (match := s.search(key))), None)
+    bare = WRAPPERS.sub("", key)
+    found = next(((s, match) for s in SUFFIXES if (match := s.search(bare))), None)
     if found is None:
         return None
     suffix, match = found
-    module, expert, said = WRAPPERS.sub("", key[: match.start()]), "", ""
+    module, expert, said = bare[: match.start()], "", ""
     while prefix := next((p for p in (*PREFIXES, *EXPERTS) if module.startswith(p)), ""):
         module = module.removeprefix(prefix)
         if prefix in EXPERTS:
