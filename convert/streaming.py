@@ -33,6 +33,14 @@ class _StreamingHandler(ocp.type_handlers.NumpyHandler):
             raise self._failure
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+        try:
+            if self._failure is None:
+                await self._write(value, tspec, ts_context)
+        except Exception as error:  # a refused source, or whatever the disk raises
+            # Raised when all arrays have ended: what is left behind would complain piece by piece.
+            self._failure = self._failure or error
+
+    async def _write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         lazy = isinstance(value, LazyArray)
         if lazy:
             tspec = {**tspec, "metadata": {**tspec["metadata"], "chunks": _chunks(value)}}
@@ -54,8 +62,7 @@ class _StreamingHandler(ocp.type_handlers.NumpyHandler):
                 piece = await asyncio.to_thread(array.__getitem__, index)
                 await target[index].write(piece, can_reference_source_data_indefinitely=True)
                 self._progress(piece.nbytes)
-        except Exception as error:  # a refused source, or whatever the disk raises
-            # Raised when all pieces have ended: tasks that are left behind would complain one by one.
+        except Exception as error:
             self._failure = self._failure or error
         finally:
             slots.release()
@@ -64,13 +71,19 @@ class _StreamingHandler(ocp.type_handlers.NumpyHandler):
 @contextlib.contextmanager
 def failures_once() -> Iterator[None]:
     """Keeps Orbax's threads from telling of a failure that is raised again where they are waited for."""
-    before, threading.excepthook = threading.excepthook, lambda _: None
+
+    def say_nothing(_: threading.ExceptHookArgs) -> None:
+        pass
+
+    before, threading.excepthook = threading.excepthook, say_nothing
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     try:
         yield
     finally:
-        threading.excepthook = before
+        # An interruption puts its own hook there, for threads that outlive this.
+        if threading.excepthook is say_nothing:
+            threading.excepthook = before
         logging.set_verbosity(verbosity)
 
 
