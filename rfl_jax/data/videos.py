@@ -101,7 +101,7 @@ def _whole_frames(path: Path, container: InputContainer, stream: VideoStream) ->
             raise UserError(f"{path}: damaged ({_reason(error)}), expected a whole video") from None
         if packet is None:
             return
-        logged = [text.strip() for _, _, text in log if text.startswith(LOGGED_DAMAGE)]
+        logged = [text.strip() for _, _, text in log if any(damage in text for damage in LOGGED_DAMAGE)]
         if logged or packet.is_corrupt or any(frame.is_corrupt for frame in frames):
             raise UserError(f"{path}: damaged ({', '.join(logged) or 'bit errors'}), expected a whole video")
         yield from frames
@@ -131,7 +131,7 @@ def _upright(path: Path, stream: VideoStream, frames: Iterable[av.VideoFrame]) -
         if graph is None or kind != graph_of:
             graph, graph_of = _upright_graph(path, frame, matrix, stream.sample_aspect_ratio or Fraction(1)), kind
         graph.vpush(frame)
-        yield _over_white(graph.vpull().to_image())
+        yield _over_white(Image.fromarray(graph.vpull().to_ndarray()))
 
 
 def _upright_graph(path: Path, frame: av.VideoFrame, matrix: Sequence[int], aspect: Fraction) -> av.filter.Graph:
