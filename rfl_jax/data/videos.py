@@ -59,7 +59,7 @@ def _open(path: Path) -> Iterator[InputContainer]:
         raise UserError(f"{path}: no such video")
     # Opened here, as libav takes "take2:a.mp4" for a protocol; and what a playlist names is not opened at all.
     options = {"protocol_whitelist": "none"}
-    with path.open("rb") as file, av.open(file, options=options, metadata_errors="replace") as container:
+    with path.open("rb") as file, av.open(file, "r", options=options, metadata_errors="replace") as container:
         yield container
 
 
@@ -178,8 +178,11 @@ def read_image(path: Path | str) -> Image.Image:
         UserError: no such file, not a whole picture, pixels of 32 bits (whose white is unknown), or too large.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error
+        # Pillow refuses what is twice as large as what it warns of.
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            Image.open(path) as image,
+        ):
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("I", "F") or (upright.mode.startswith("I;16") and upright.has_transparency_data):
                 raise UserError(f"{path}: pixels of mode {upright.mode}, expected 8 or 16 bits a channel")

@@ -187,7 +187,9 @@ def test_deep_and_grey_pixels(tmp_path, codec, pix_fmt, suffix):
     frames = scene()
     if pix_fmt.startswith("gray"):
         frames = np.repeat(frames[..., :1], 3, -1)
-    file = encode(tmp_path / f"v.{suffix}", frames, codec, pix_fmt=pix_fmt, options={}, color_range=2 if pix_fmt == "gray" else 0)
+    file = encode(
+        tmp_path / f"v.{suffix}", frames, codec, pix_fmt=pix_fmt, options={}, color_range=2 if pix_fmt == "gray" else 0
+    )
     assert np.abs(decoded(file) - frames).mean() < 5
     assert distance(decoded(file), of_ffmpeg(file)) <= 2
 
