@@ -29,6 +29,8 @@ STILLS = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.s
 # Damage that libav conceals and tells nobody but its log.
 LOGGED_DAMAGE = ("File ended prematurely", "CRC mismatch", "LZW decode failed")
 
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
+
 
 def read_frames(path: Path | str) -> Iterator[Image.Image]:
     """All frames of a video as a player shows them, in the order of their times: of the film rather than of a cover,
@@ -70,9 +72,9 @@ def _reason(error: Exception) -> str:
 def _film(path: Path) -> int:
     """Which video stream is the film: the default, then the largest, of those that have more than one frame."""
     with _open(path) as container:
-        streams = [s for s in container.streams.video if not s.disposition & STILLS]
+        streams = [s for s in container.streams.video if s.codec_context and not s.disposition & STILLS]
         if not streams:
-            raise UserError(f"{path}: no video stream")
+            raise UserError(f"{path}: no video stream that can be decoded")
         streams.sort(key=lambda s: (not s.disposition & Disposition.default, -s.width * s.height))
         packets = collections.Counter()
         if len(streams) > 1:
@@ -193,7 +195,7 @@ def read_image(path: Path | str) -> Image.Image:
         raise UserError(f"{path}: no such image") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, expected an image") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except PILLOW_ERRORS as error:
         raise UserError(f"{path}: expected a readable image ({_reason(error)})") from None
 
 
