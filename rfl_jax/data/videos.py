@@ -98,7 +98,7 @@ def _whole_frames(path: Path, container: InputContainer, stream: VideoStream) ->
         try:
             with _libav_log() as log:
                 packet = next(packets, None)
-                frames = packet.decode() if packet else []
+                frames = [] if packet is None else packet.decode()
         except av.FFmpegError as error:
             raise UserError(f"{path}: damaged ({_reason(error)}), expected a whole video") from None
         if packet is None:
