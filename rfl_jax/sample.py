@@ -4,7 +4,6 @@ python -m rfl_jax.sample --config=FILE [--lora=RUN_OR_FILE] --image=FACE.png --p
 python -m rfl_jax.sample --config=FILE [--lora=RUN_OR_FILE] --csv=ROWS.csv --out=FOLDER
 """
 
-import csv
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 
 from rfl_jax import cli
 from rfl_jax.config import Config, parse
+from rfl_jax.data.metadata import find_file, read_table
 from rfl_jax.data.videos import first_frame, read_image, write_video
 from rfl_jax.errors import UserError
 from rfl_jax.hosts import is_writer
@@ -49,28 +49,18 @@ def read_requests(file: str, seed: int) -> list[tuple[str, Request]]:
     Raises:
         UserError: naming file and row.
     """
-    path = Path(file)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            if "prompt" not in (reader.fieldnames or []):
-                raise UserError(f"{file}: column prompt is missing, expected prompt, and image or video")
-            rows = [(reader.line_num, row) for row in reader]
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}, expected a csv with the columns prompt, image") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: expected a UTF-8 csv ({error})") from None
-    if not rows:
-        raise UserError(f"{file}: no rows, expected at least one prompt")
+    folder = Path(file).parent
     found: dict[str, Request] = {}
-    for i, (number, row) in enumerate(rows):
+    for i, (number, row) in enumerate(read_table(file, ("prompt",))):
+        named = {name: row.get(name, "") for name in ("image", "video", "end_image")}
+        images = {name: find_file(folder, text) for name, text in named.items() if text.strip()}
         try:
-            image = read_image(path.parent / row["image"]) if row.get("image") else None
-            if image is None and row.get("video"):
-                image = first_frame(path.parent / row["video"])
-            end = read_image(path.parent / row["end_image"]) if row.get("end_image") else None
+            image = read_image(images["image"]) if "image" in images else None
+            if image is None and "video" in images:
+                image = first_frame(images["video"])
+            end = read_image(images["end_image"]) if "end_image" in images else None
             name = row.get("out") or f"{number:04d}.mp4"
-            if row["prompt"] is None or name in found or Path(name).name != name or not name.endswith(".mp4"):
+            if name in found or Path(name).name != name or not name.endswith(".mp4"):
                 raise UserError(f"expected a prompt, and in out a name of its own that ends in .mp4, got {name}")
             found[name] = Request(row["prompt"], image, end, int(row.get("seed") or seed + i))
         except ValueError:
