@@ -221,39 +221,115 @@ ROLL = """
 exp_name: reward_fl
 seed: 7
 save_steps: 5
+max_steps: 500
+resume_from_checkpoint: false
+train_batch_size: 16
+max_grad_norm: 0.3
 num_gpus_per_node: 8
+models: /data/models
+pretrain: ${models}
+reward: {learning_rate: 7}
 actor_train:
   model_args:
     dtype: bf16
+    lora_rank: null
     model_config_kwargs:
       model_name: wan2_2
       model_paths: ./paths.json
+      reward_model_path: ${pretrain}/antelopev2
       trainable_models: dit2
+      lora_target_modules: [q, k]
       use_gradient_checkpointing_offload: true
       num_inference_steps: 10
       final_timestep: 9
   training_args:
     learning_rate: 1e-6
     lr_scheduler_type: cosine
+    adam_beta2: 0.999
   data_args:
     file_name: ./metadata.csv
     preprocessing_num_workers: 2
   strategy_args:
     strategy_name: deepspeed_train
+    strategy_config: {gradient_clipping: 5.0, train_batch_size: auto}
 """
 
 
-def test_the_originals_yaml_is_read_and_what_has_no_meaning_is_listed_once(tmp_path, capsys):
+def read_roll(tmp_path, text):
     file = tmp_path / "config.yaml"
-    file.write_text(ROLL)
-    cfg = parse(roll.get_config(str(file)))
+    file.write_text(text)
+    return parse(roll.get_config(str(file)))
+
+
+def test_the_originals_yaml_is_read_and_what_has_no_meaning_is_listed_once(tmp_path, capsys):
+    cfg = read_roll(tmp_path, ROLL)
     assert (cfg.seed, cfg.save_steps, cfg.learning_rate, cfg.lr_scheduler_type) == (7, 5, 1e-6, "cosine")
+    assert (cfg.train_batch_size, cfg.max_grad_norm, cfg.max_steps, cfg.resume_from_checkpoint) == (16, 0.3, 500, "")
     assert (cfg.num_inference_steps, cfg.policy, cfg.file_name) == (10, "offload", "./metadata.csv")
-    out = capsys.readouterr().err
-    assert "ignored: exp_name, num_gpus_per_node, preprocessing_num_workers" in out
-    file.write_text("just text")
-    with pytest.raises(UserError, match="expected a mapping"):
-        roll.get_config(str(file))
-    file.write_text(ROLL.replace("1e-6", "quick"))
-    with pytest.raises(UserError, match="learning_rate: expected float, got 'quick'"):
-        roll.get_config(str(file))
+    assert (cfg.lora_rank, cfg.lora_target_modules, cfg.dtype) == (32, ("q", "k"), "bfloat16")
+    assert cfg.reward_model_path == "/data/models/antelopev2"
+    ignored = "exp_name, models, num_gpus_per_node, preprocessing_num_workers, pretrain, reward, strategy_args"
+    assert capsys.readouterr().err == f"{tmp_path / 'config.yaml'}: without meaning here, ignored: {ignored}\n"
+
+
+PLACES = (
+    "{{ {} }}",
+    "model_args: {{ {} }}",
+    "training_args: {{ {} }}",
+    "data_args: {{nested: {{ {} }} }}",
+    "actor_train: {{ {} }}",
+    "actor_train: {{training_args: {{ {} }} }}",
+    "actor_train: {{model_args: {{model_config_kwargs: {{ {} }} }} }}",
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_setting_of_the_originals_is_read_wherever_it_stands(place, tmp_path, capsys):
+    texts = {"seed": "3", "weight_decay": "1e-2", "use_gradient_checkpointing": "false", "lora_rank": "null"}
+    cfg = read_roll(tmp_path, place.format(", ".join(f"{key}: {text}" for key, text in texts.items())))
+    assert (cfg.seed, cfg.weight_decay, cfg.use_gradient_checkpointing, cfg.lora_rank) == (3, 0.01, False, 32)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("just text", ": expected a mapping"),
+        ("training_args: {learning_rate: quick}", "training_args.learning_rate: expected float, got 'quick'"),
+        ("train_batch_size: 2.5", "train_batch_size: expected int, got 2.5"),
+        ("seed: true", "seed: expected int, got True"),
+        ("max_grad_norm: 0", "max_grad_norm: expected a positive number, got 0.0"),
+        ("use_gradient_checkpointing: 1", "use_gradient_checkpointing: expected bool, got 1"),
+        ("resume_from_checkpoint: true", "resume_from_checkpoint: expected a run's workdir, or false, got True"),
+        ("seed: {a: 1}", "seed: expected int, got {'a': 1}"),
+        ("file_name: [a.csv, b.csv]", "file_name: expected str, got ['a.csv', 'b.csv']"),
+        ("tokenizer_path: ${models}/umt5", "tokenizer_path: expected ${models} to name a key of this file"),
+        ("file_name: ${file_name}", "file_name: expected ${file_name} to name a key of this file"),
+        ("model_args: {dtype: [bf16]}", "model_args.dtype: expected bf16 or fp32, got ['bf16']"),
+        ("model_args: {dtype: fp16}", "model_args.dtype: expected bf16 or fp32, got 'fp16'"),
+        (
+            "training_args: {adam_beta2: 0.95}",
+            "training_args.adam_beta2: expected 0.999, as it always is here, got 0.95",
+        ),
+        (
+            "{seed: 1, actor_train: {training_args: {seed: 2}}}",
+            "actor_train.training_args.seed: expected 1 as in seed, got 2",
+        ),
+        ("{seed: x, save_steps: 0}", "seed: expected int, got 'x'; save_steps: expected a whole number of at least 1"),
+    ],
+)
+def test_what_cannot_be_used_of_the_originals_yaml_is_refused(text, message, tmp_path):
+    with pytest.raises(UserError) as refused:
+        read_roll(tmp_path, text)
+    assert str(refused.value).startswith(f"{tmp_path / 'config.yaml'}: {message.removeprefix(': ')}")
+
+
+def test_two_places_of_the_originals_yaml_may_agree(tmp_path):
+    cfg = read_roll(tmp_path, "{learning_rate: 0.1, actor_train: {training_args: {learning_rate: 1e-1}}}")
+    assert cfg.learning_rate == 0.1
+
+
+def test_paths_of_the_originals_yaml_may_be_a_list(tmp_path):
+    cfg = read_roll(tmp_path, "{model_paths: [high, [low-1, low-2], t5, vae], file_name: [a.csv]}")
+    assert json.loads(cfg.model_paths) == ["high", ["low-1", "low-2"], "t5", "vae"]
+    assert cfg.file_name == "a.csv"
