@@ -1,8 +1,10 @@
-"""What the commands share: `--config`, `--workdir`, and refusal in one line."""
+"""What the commands share: `--config`, `--workdir`, `--help`, and refusal in one line."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import app, flags, logging
@@ -10,13 +12,20 @@ from etils import epath
 from ml_collections import config_flags
 
 from rfl_jax import hosts
-from rfl_jax.config import Config, parse
-from rfl_jax.errors import UserError, refuse_in_one_line
+from rfl_jax.config import Config, default_text, grouped, parse
+from rfl_jax.errors import UserError, first_line, refuse_in_one_line
+
+HELP = {"-h", "--h", "-help", "--help"}
+WIDTH = 100
+# What stands for a flag's value, by its type.
+VALUES = {"string": "TEXT", "int": "NUMBER", "float": "NUMBER", "config object": "FILE[:ARG]"}
 
 
 def define_config() -> flags.FlagHolder:
     """The `--config=FILE[:ARG]` flag with `--config.key=value` overrides."""
-    return config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    return config_flags.DEFINE_config_file(
+        "config", None, "Config file, for example configs/mini.py.", lock_config=True
+    )
 
 
 def define_distributed() -> flags.FlagHolder:
@@ -49,13 +58,47 @@ def open_workdir(path: str | None) -> epath.Path:
         probe.write_text("")
         probe.unlink()
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"--workdir: {path}: not writable ({reason})") from None
     return workdir
 
 
+def _help(command: str, about: str) -> Iterator[str]:
+    """Lines that tell what a command does, its flags, and the settings of `--config` where it has that flag."""
+    for paragraph in about.strip().split("\n\n"):
+        # Lines to copy stay lines.
+        lines = paragraph.splitlines() if paragraph.startswith("python -m") else [paragraph]
+        yield "\n".join(map(_wrapped, lines)) + "\n"
+    yield f"Flags of python -m rfl_jax.{command}:"
+    modules = flags.FLAGS.flags_by_module_dict()
+    for flag in (*modules.get(sys.argv[0], ()), *modules.get(__name__, ())):
+        value = VALUES.get(flag.flag_type())
+        yield f"  --{flag.name}={value}" if value else f"  --[no]{flag.name}"
+        default = "" if flag.default in (None, "", False) else f" Default: {flag.default}."
+        yield _wrapped(f"{flag.help}{default}", 6)
+    if "config" not in flags.FLAGS:
+        return
+    yield "\nSettings, as --config.NAME=VALUE; NAME=DEFAULT (expected):"
+    for title, meaning, group in grouped():
+        yield f"\n{_wrapped(f'{title}: {meaning}')}"
+        for item in group:
+            yield _wrapped(f"{item.key}={default_text(item)} ({item.expected})", 2)
+            yield _wrapped(item.meaning, 6)
+
+
+def _wrapped(text: str, indent: int = 0) -> str:
+    space = " " * indent
+    return textwrap.fill(
+        text, WIDTH, initial_indent=space, subsequent_indent=space, break_long_words=False, break_on_hyphens=False
+    )
+
+
 def run(main: Callable[[], None], command: str) -> None:
-    """Runs a command; bad flags and bad inputs end in one line and exit status 2."""
+    """Runs a command; bad flags and bad inputs end in one line and exit status 2, `--help` in its text and status 0."""
+    if not HELP.isdisjoint(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads may stop before the end
+        print("\n".join(_help(command, str(sys.modules[main.__module__].__doc__))))
+        return
 
     def parse_flags(argv: list[str]) -> list[str]:
         try:
@@ -64,7 +107,7 @@ def run(main: Callable[[], None], command: str) -> None:
             raise
         # A config file is a program: whatever it raises is its author's to read, in one line.
         except Exception as error:
-            raise UserError(str(error).splitlines()[0] if str(error) else repr(error)) from None
+            raise UserError(first_line(error)) from None
         if len(rest) > 1:
             raise UserError(f"{rest[1]}: unexpected argument, expected --flag=value")
         return rest
@@ -76,7 +119,7 @@ def run(main: Callable[[], None], command: str) -> None:
         try:
             return main()
         except jax.errors.JaxRuntimeError as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            line = first_line(error)[:160]
             if "RESOURCE_EXHAUSTED" in line:
                 reason = f"out of memory ({line}); python -m rfl_jax.plan says what takes it, and what would fit"
             # What a collective says when its other end is gone depends on the transport; these are no such thing.

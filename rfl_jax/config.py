@@ -1,13 +1,13 @@
 """The run's configuration: ConfigDict at the edge, frozen dataclasses inside.
 
-Top-level keys are the original's, with its names and meanings; what is added is grouped.
+Top-level keys are the original's, with its names and meanings; what is added is grouped. Each setting's type carries its
+range and its meaning: `python -m rfl_jax.config > docs/settings.md` prints them.
 """
 
 import dataclasses
 import json
-import re
-import types
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
 
 import ml_collections
 
@@ -17,178 +17,249 @@ from rfl_jax.models.lora import TARGETS
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.rewards.detect import COMPATS
 from rfl_jax.rewards.face import RewardConfig
+from rfl_jax.settings import (
+    Above,
+    AtLeast,
+    Listed,
+    MultipleOf,
+    Names,
+    OneOf,
+    Setting,
+    Span,
+    Within,
+    build,
+    edge_form,
+    names,
+    own_settings,
+    sections,
+    settings,
+)
 
 TRAINABLE = ("dit", "dit2", "vae", "text_encoder")
-SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-DTYPES = ("float32", "bfloat16")
-MEMORIES = ("device", "pinned_host")
-ATTENTIONS = ("auto", "xla", "splash", "cudnn")
+BOUNDARIES = Within(0, 1, "0 <= min <= max <= 1")
+DEVICES = AtLeast(1, -1, "the rest")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSection:
-    """Devices along each axis; one of them may be -1, which takes the rest.
+    """Devices along each axis of the mesh; one of them may be -1, which takes the rest."""
 
-    Attributes:
-        data: replicas of the weights.
-        fsdp: shards of the weights; samples are spread over data x fsdp.
-        context: shards of each sample (tokens, frames, columns of pixels), and of the weights.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    context: int = 1
+    data: Annotated[int, DEVICES, "Replicas of the weights."] = -1
+    fsdp: Annotated[int, DEVICES, "Shards of the weights; samples are spread over data x fsdp."] = 1
+    context: Annotated[
+        int, DEVICES, "Shards of each sample (tokens, frames, columns of pixels), and of the weights besides fsdp."
+    ] = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardSection(RewardConfig):
-    """`RewardConfig`, and the weights of the two terms of the loss.
+    """How faces are found and compared, and the weights of the two terms of the loss."""
 
-    Attributes:
-        weight: of the face reward.
-        kl_weight: of the KL to the untrained network.
-    """
-
-    weight: float = 1.0
-    kl_weight: float = 1.0
+    compat: Annotated[
+        str, OneOf(COMPATS), "insightface: its exact warp; roll: the original trainer's pre-processing and crop."
+    ] = RewardConfig.compat
+    channel_order: Annotated[
+        Literal["rgb", "bgr"], "Channels that ArcFace is given; bgr swaps them, as the original does."
+    ] = "rgb"
+    detector_size: Annotated[int, MultipleOf(32), "Side in pixels of the square that the detector sees."] = (
+        RewardConfig.detector_size
+    )
+    use_first_frame: Annotated[
+        bool, "Whether the real clip's first frame, which the network is given, counts among its faces."
+    ] = RewardConfig.use_first_frame
+    weight: Annotated[float, "Factor of the face reward in the loss."] = 1.0
+    kl_weight: Annotated[float, AtLeast(0), "Factor of the KL to the untrained network in the loss."] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSection:
-    """Start noise.
+    """The noise that a video starts from."""
 
-    Attributes:
-        mode: "fresh" draws one for each (seed, sample, epoch); "fixed" is the original's single noise for all.
-        per_sample: how many fresh noises a clip has before the first comes again; 0: never.
-        prefix_cache: whether the denoising steps before the first network that trains are computed once, in
-            preparation: "auto" where they are the same in every epoch, "on", "off".
-    """
-
-    mode: str = "fresh"
-    per_sample: int = 4
-    prefix_cache: str = "auto"
+    mode: Annotated[
+        Literal["fresh", "fixed"],
+        "fresh: one for each (seed, clip, epoch); fixed: the original's single noise for all.",
+    ] = "fresh"
+    per_sample: Annotated[
+        int, AtLeast(0), "Fresh noises that a clip has before the first comes again; 0: none ever comes again."
+    ] = 4
+    prefix_cache: Annotated[
+        Literal["auto", "on", "off"],
+        "Whether the denoising steps before the first network that trains are computed once, in preparation; auto: where "
+        "noises repeat.",
+    ] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSection:
-    """Attributes:
-    shift: of the sigma schedule.
-    guidance_scale: classifier-free guidance; 1 is none (distilled experts).
-    negative_prompt: what guidance steers away from.
-    """
+    """The denoising steps, in training and in samples."""
 
-    shift: float = 5.0
-    guidance_scale: float = 1.0
-    negative_prompt: str = ""
+    shift: Annotated[float, Above(0), "Shift of the sigma schedule: shift * s / (1 + (shift - 1) * s)."] = 5.0
+    guidance_scale: Annotated[
+        float, AtLeast(0), "Scale of classifier-free guidance; 1: none, as distilled experts want it."
+    ] = 1.0
+    negative_prompt: Annotated[str, "Text that guidance steers away from."] = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSection:
-    """Attributes:
-    num_frames: longest clip, 4n+1; shorter ones are cut to 4n+1.
-    max_pixels: height * width of a frame at most; larger ones are scaled down.
-    height, width: 0 takes each clip's own size; both given: all clips are scaled and cropped to it.
-    on_bad_row: "error" stops at the first unusable row, "skip" reports and leaves it out.
-    cache_dir: prepared samples; empty puts them into the workdir.
-    """
+    """What becomes of the clips."""
 
-    num_frames: int = 81
-    max_pixels: int = 480 * 480
-    height: int = 0
-    width: int = 0
-    on_bad_row: str = "error"
-    cache_dir: str = ""
+    num_frames: Annotated[int, MultipleOf(4, 1), "Frames of a clip at most; shorter ones are cut to 4n+1."] = 81
+    max_pixels: Annotated[int, AtLeast(1), "Height x width of a frame at most; larger ones are scaled down."] = (
+        480 * 480
+    )
+    height: Annotated[
+        int, AtLeast(0), "Rows that every clip is scaled and cropped to, with width; 0: each clip's own size."
+    ] = 0
+    width: Annotated[
+        int, AtLeast(0), "Columns that every clip is scaled and cropped to, with height; 0: each clip's own size."
+    ] = 0
+    on_bad_row: Annotated[
+        Literal["error", "skip"], "error: the first clip that cannot be used ends the run; skip: reported and left out."
+    ] = "error"
+    cache_dir: Annotated[str, "Folder or gs:// of prepared clips; empty: cache/ in the workdir."] = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSection:
-    """Evaluation after the last step, and validation while training runs.
+    """Evaluation after the last step, and validation while training runs (`eval_every`)."""
 
-    Attributes:
-        file_name: csv of held-out clips; empty: no evaluation.
-        judge_model_path: folder of antelopev2 files whose embedder only judges.
-        num_samples: clips at most.
-        validation_samples: clips at most of a validation: the first of them.
-        max_motion_loss: share of the motion before training; when more of it is gone and the held-out reward has risen,
-            now or at an earlier validation, the alarm is given.
-        max_copying_rise: when the copying of the first frame (0..1) has risen by more, likewise.
-    """
-
-    file_name: str = ""
-    judge_model_path: str = ""
-    num_samples: int = 16
-    validation_samples: int = 8
-    max_motion_loss: float = 0.2
-    max_copying_rise: float = 0.08
+    file_name: Annotated[str, "csv of held-out clips, with columns video and prompt; empty: no evaluation."] = ""
+    judge_model_path: Annotated[
+        str, "Folder of antelopev2 files whose embedder only judges; needed where file_name is set."
+    ] = ""
+    num_samples: Annotated[int, AtLeast(1), "Held-out clips that are evaluated at most: the first of them."] = 16
+    validation_samples: Annotated[int, AtLeast(1), "Clips of a validation at most: the first of those evaluated."] = 8
+    max_motion_loss: Annotated[
+        float,
+        Above(0, 1),
+        "Share of the motion before training; when more of it is gone while the held-out reward rose, the alarm is given.",
+    ] = 0.2
+    max_copying_rise: Annotated[
+        float, Above(0, 1), "When copying of the first frame (0..1) rose by more while the reward rose, likewise."
+    ] = 0.08
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileSection:
-    """Attributes:
-    steps: steps to trace, "3-5" or "3"; empty: none.
-    """
+    """Where the time of a step goes."""
 
-    steps: str = ""
+    steps: Annotated[Span, "Steps to trace into profile.json; empty: none."] = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """All settings of a run. The first block is the original's; defaults are its defaults.
+class Original:
+    """The original's settings, with its names, meanings and defaults."""
 
-    Attributes:
-        init_lora: adapters to begin with, in any naming that `convert.lora` reads; where several networks have
-            adapters, NETWORK=FILE[,NETWORK=FILE]. The KL and the evaluation's "base" remain the network without.
-        eval_every: steps between validations on the clips of `eval.file_name`; 0: none.
-        early_stop: validations in a row without a better judging score after which training ends; 0: never.
-        wandb_project: of Weights & Biases, which is then told as well; empty: not.
-    """
+    learning_rate: Annotated[float, AtLeast(0), "Rate of AdamW after the warm-up."] = 2.5e-6
+    lr_scheduler_type: Annotated[
+        Literal["constant", "constant_with_warmup", "linear", "cosine"],
+        "Course of the rate after the warm-up; linear and cosine fall to 0 at the last update.",
+    ] = "constant"
+    weight_decay: Annotated[float, AtLeast(0), "Weight decay of AdamW."] = 0.0
+    warmup_steps: Annotated[
+        int, AtLeast(0), "Optimizer updates over which the rate rises linearly from 0; 0: none."
+    ] = 10
+    per_device_train_batch_size: Annotated[
+        int, AtLeast(1), "Samples that each of the mesh's data x fsdp groups takes at once."
+    ] = 1
+    gradient_accumulation_steps: Annotated[int, AtLeast(1), "Micro-batches of an optimizer update."] = 1
+    num_train_epochs: Annotated[int, AtLeast(1), "Passes over the clips, where max_steps is -1."] = 1
+    train_batch_size: Annotated[
+        int,
+        AtLeast(1),
+        "Samples of a step: a multiple of per_device_train_batch_size x data x fsdp x gradient_accumulation_steps.",
+    ] = 8
+    max_grad_norm: Annotated[float, Above(0), "Global norm that gradients are clipped to."] = 1.0
+    seed: Annotated[int, AtLeast(0), "Seed of noises, adapters and the clips' order."] = 42
+    save_steps: Annotated[int, AtLeast(1), "Steps between checkpoints; the last step has one too."] = 25
+    logging_steps: Annotated[
+        int, AtLeast(1), "Steps between points in TensorBoard and Weights & Biases; metrics.jsonl has every step."
+    ] = 1
+    resume_from_checkpoint: Annotated[
+        str, "Workdir of the run to go on from where this workdir has no checkpoint; empty: from the beginning."
+    ] = ""
+    model_name: Annotated[Literal["wan2_2"], "Family of networks."] = "wan2_2"
+    model_paths: Annotated[
+        str, "JSON list, or file of one: high-noise expert, low-noise expert (absent for the 5B), text encoder, VAE."
+    ] = ""
+    model_id_with_origin_paths: Annotated[
+        Names, "The same on the Hugging Face hub as org/name:pattern, where model_paths is empty."
+    ] = ()
+    tokenizer_path: Annotated[str, "UMT5's tokenizer.json or its folder; empty: fetched from the hub."] = ""
+    reward_model_path: Annotated[str, "Folder of antelopev2's detector and embedder (ONNX, or converted)."] = ""
+    trainable_models: Annotated[
+        Names, Listed(TRAINABLE, empty=True), "Networks that train: in full, where lora_base_model does not name them."
+    ] = ("dit2",)
+    lora_base_model: Annotated[
+        Names, Listed(("dit", "dit2"), empty=True), "Networks that train by adapters; empty: none."
+    ] = ("dit2",)
+    lora_target_modules: Annotated[Names, Listed(tuple(TARGETS)), "Linear layers of each block that have adapters."] = (
+        tuple(TARGETS)
+    )
+    lora_rank: Annotated[int, AtLeast(1), "Rank of the adapters; their alpha is the same."] = 32
+    use_gradient_checkpointing: Annotated[
+        bool, "Recompute a block's activations in the backward pass, where remat_policy is empty."
+    ] = True
+    use_gradient_checkpointing_offload: Annotated[
+        bool, "Keep the blocks' inputs in pinned host memory meanwhile, where remat_policy is empty."
+    ] = False
+    extra_inputs: Annotated[
+        Names, Listed(("input_image", "end_image")), "Frames of the clip that the network is given: first, and last."
+    ] = ("input_image",)
+    max_timestep_boundary: Annotated[float, BOUNDARIES, "Steps whose sigma lies above it have no gradient."] = 1.0
+    min_timestep_boundary: Annotated[
+        float, BOUNDARIES, "Sigma from which on the high-noise expert serves a step, below it the low-noise one."
+    ] = 0.9
+    num_inference_steps: Annotated[int, AtLeast(1), "Denoising steps of a video."] = 8
+    mid_timestep: Annotated[int, AtLeast(0), "First denoising step with gradient, counted from 0."] = 4
+    final_timestep: Annotated[int, AtLeast(0), "Last denoising step with gradient, counted from 0."] = 7
+    file_name: Annotated[str, "csv of the clips to train on, with columns video and prompt."] = "metadata.csv"
 
-    learning_rate: float = 2.5e-6
-    lr_scheduler_type: str = "constant"
-    weight_decay: float = 0.0
-    warmup_steps: int = 10
-    per_device_train_batch_size: int = 1
-    gradient_accumulation_steps: int = 1
-    num_train_epochs: int = 1
-    train_batch_size: int = 8
-    max_grad_norm: float = 1.0
-    seed: int = 42
-    save_steps: int = 25
-    logging_steps: int = 1
-    resume_from_checkpoint: str = ""
-    model_name: str = "wan2_2"
-    model_paths: str = ""
-    model_id_with_origin_paths: str = ""
-    tokenizer_path: str = ""
-    reward_model_path: str = ""
-    trainable_models: str = "dit2"
-    lora_base_model: str = "dit2"
-    lora_target_modules: str = "q,k,v,o,ffn.0,ffn.2"
-    lora_rank: int = 32
-    use_gradient_checkpointing: bool = True
-    use_gradient_checkpointing_offload: bool = False
-    extra_inputs: str = "input_image"
-    max_timestep_boundary: float = 1.0
-    min_timestep_boundary: float = 0.9
-    num_inference_steps: int = 8
-    mid_timestep: int = 4
-    final_timestep: int = 7
-    file_name: str = "metadata.csv"
 
-    preset: str = "wan2_2_i2v_a14b"
-    init_lora: str = ""
-    max_steps: int = -1
-    sample_every: int = 25
-    eval_every: int = 0
-    early_stop: int = 0
-    wandb_project: str = ""
-    dtype: str = "bfloat16"
-    frozen_weights: str = ""
-    frozen_memory: str = "device"
-    optimizer_memory: str = "device"
-    remat_policy: str = ""
-    vae_caches: str = "keep"
-    attention: str = "auto"
+@dataclasses.dataclass(frozen=True)
+class Config(Original):
+    """All settings of a run."""
+
+    preset: Annotated[str, OneOf(tuple(DIT_PRESETS)), "Sizes of the networks, by checkpoint."] = "wan2_2_i2v_a14b"
+    init_lora: Annotated[
+        str,
+        "File of adapters to begin with; of several networks NETWORK=FILE,NETWORK=FILE. The KL's reference has none.",
+    ] = ""
+    max_steps: Annotated[int, AtLeast(1, -1, "whole epochs"), "Steps of the run."] = -1
+    sample_every: Annotated[
+        int, AtLeast(0), "Steps between videos in samples/; the first and the last step have one too; 0: none."
+    ] = 25
+    eval_every: Annotated[int, AtLeast(0), "Steps between validations on eval.file_name's clips; 0: none."] = 0
+    early_stop: Annotated[
+        int, AtLeast(0), "Validations in a row without a better judging score after which training ends; 0: never."
+    ] = 0
+    wandb_project: Annotated[str, "Weights & Biases project that is told as well; empty: none."] = ""
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], "Computation, and weights that do not train; those that do are float32."
+    ] = "bfloat16"
+    frozen_weights: Annotated[
+        Literal["", "int8"], "DiT weights that do not train in full: 8-bit integers; empty: in dtype."
+    ] = ""
+    frozen_memory: Annotated[
+        Literal["device", "pinned_host"],
+        "Where DiT weights that do not train in full wait; pinned_host: in host memory, each block for its turn.",
+    ] = "device"
+    optimizer_memory: Annotated[
+        Literal["device", "pinned_host"], "Where the optimizer's moments wait; pinned_host: in host memory."
+    ] = "device"
+    remat_policy: Annotated[
+        str,
+        OneOf(("", *remat.NAMES)),
+        "What the backward pass of a block keeps; empty: as use_gradient_checkpointing and its offload say.",
+    ] = ""
+    vae_caches: Annotated[
+        str, OneOf(remat.VAE_CACHES), "What becomes of the decoder's causal caches until the backward pass."
+    ] = "keep"
+    attention: Annotated[
+        Literal["auto", "xla", "splash", "cudnn"],
+        "Attention kernel; auto: splash on TPU, cuDNN on GPU, XLA on CPU.",
+    ] = "auto"
     mesh: MeshSection = MeshSection()
     reward: RewardSection = RewardSection()
     noise: NoiseSection = NoiseSection()
@@ -203,46 +274,35 @@ class Config:
         return self.eval_every > 0 and bool(self.eval.file_name)
 
     @property
-    def profiled(self) -> tuple[int, int] | None:
-        """First and last step to trace."""
-        return parse_steps(self.profile.steps)
-
-    @property
-    def trained(self) -> tuple[str, ...]:
+    def trained(self) -> Names:
         """Networks that train, in full or by adapters."""
-        named = set(_names(self.trainable_models)) | set(self.adapted)
+        named = {*self.trainable_models, *self.lora_base_model}
         return tuple(name for name in TRAINABLE if name in named)
 
     @property
-    def adapted(self) -> tuple[str, ...]:
+    def adapted(self) -> Names:
         """Networks that train by adapters."""
-        return _names(self.lora_base_model)
+        return self.lora_base_model
+
+    def trains_in_full(self, network: str) -> bool:
+        """Whether a network's own weights train, not adapters."""
+        return network in self.trainable_models and network not in self.adapted
 
     def quantizes(self, network: str) -> bool:
         """Whether a DiT's weights are kept as 8-bit integers."""
-        in_full = network in self.trained and network not in self.adapted
-        return self.frozen_weights == "int8" and network in ("dit", "dit2") and not in_full
+        return self.frozen_weights == "int8" and network in ("dit", "dit2") and not self.trains_in_full(network)
 
     def streams(self, network: str) -> bool:
         """Whether a DiT's frozen weights wait in host memory for their layer's turn."""
-        in_full = network in self.trained and network not in self.adapted
-        return self.frozen_memory == "pinned_host" and network in ("dit", "dit2") and not in_full
-
-    @property
-    def lora_targets(self) -> tuple[str, ...]:
-        return _names(self.lora_target_modules)
+        return self.frozen_memory == "pinned_host" and network in ("dit", "dit2") and not self.trains_in_full(network)
 
     @property
     def init_loras(self) -> dict[str, str]:
         """Files of adapters to begin with, by network."""
         if not self.init_lora or len(self.adapted) == 1:
             return {self.adapted[0]: self.init_lora} if self.init_lora else {}
-        pairs = (item.partition("=") for item in _names(self.init_lora))
+        pairs = (item.partition("=") for item in names(self.init_lora))
         return {network: file for network, _, file in pairs}
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return _names(self.extra_inputs)
 
     @property
     def policy(self) -> str:
@@ -254,150 +314,109 @@ class Config:
         return "offload" if self.use_gradient_checkpointing_offload else "full"
 
 
-def parse_steps(text: str) -> tuple[int, int] | None:
-    """First and last step of "3-5" or "3"; None of an empty text, or of one that names no steps."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    return (first, last) if 1 <= first <= last else None
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What ties settings to each other.
+
+    Attributes:
+        keys: the settings; the first is the one that a refusal names.
+        holds: whether a configuration keeps it.
+        expected: of the first setting, as the others are.
+    """
+
+    keys: Names
+    holds: Callable[[Config], bool]
+    expected: str | Callable[[Config], str]
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+RULES = (
+    Rule(
+        ("vae_caches", "remat_policy", "use_gradient_checkpointing"),
+        lambda cfg: cfg.vae_caches == "keep" or cfg.policy != "none",
+        "keep, as nothing is rematerialised",
+    ),
+    Rule(
+        ("init_lora", "lora_base_model"),
+        lambda cfg: not cfg.init_lora or bool(cfg.adapted),
+        "empty, as lora_base_model is",
+    ),
+    Rule(
+        ("init_lora", "lora_base_model"),
+        lambda cfg: len(cfg.adapted) < 2 or set(cfg.init_loras) <= set(cfg.adapted),
+        "NETWORK=FILE[,NETWORK=FILE], as several networks have adapters",
+    ),
+    Rule(
+        ("trainable_models", "lora_base_model"),
+        lambda cfg: bool(cfg.trained),
+        f"at least one of {', '.join(TRAINABLE)}",
+    ),
+    Rule(
+        ("mid_timestep", "final_timestep"),
+        lambda cfg: cfg.mid_timestep <= cfg.final_timestep,
+        lambda cfg: f"0..final_timestep ({cfg.final_timestep})",
+    ),
+    Rule(
+        ("final_timestep", "num_inference_steps"),
+        lambda cfg: cfg.final_timestep < cfg.num_inference_steps,
+        lambda cfg: f"less than num_inference_steps ({cfg.num_inference_steps})",
+    ),
+    Rule(
+        ("min_timestep_boundary", "max_timestep_boundary"),
+        lambda cfg: cfg.min_timestep_boundary <= cfg.max_timestep_boundary,
+        BOUNDARIES.text,
+    ),
+    Rule(
+        ("extra_inputs",),
+        lambda cfg: "input_image" in cfg.extra_inputs,
+        "input_image or input_image,end_image",
+    ),
+    Rule(
+        ("data.height", "data.width"),
+        lambda cfg: (cfg.data.height > 0) == (cfg.data.width > 0),
+        "height and width both, or neither",
+    ),
+    Rule(
+        ("mesh.data", "mesh.fsdp", "mesh.context"),
+        lambda cfg: dataclasses.astuple(cfg.mesh).count(-1) <= 1,
+        "at most one axis of -1",
+    ),
+    Rule(("early_stop", "eval_every"), lambda cfg: not cfg.early_stop or cfg.eval_every > 0, "0, as eval_every is"),
+    Rule(
+        ("eval.judge_model_path", "eval.file_name"),
+        lambda cfg: bool(cfg.eval.judge_model_path) or not cfg.eval.file_name,
+        "a folder, as eval.file_name is set",
+    ),
+)
+
+
+def plain(cfg: Config) -> dict[str, Any]:
+    """The settings as flags, config files and config.json have them: numbers, texts, dictionaries of them."""
+    return edge_form(cfg)
 
 
 def default_config() -> ml_collections.ConfigDict:
     """The defaults as a ConfigDict, for config files to change."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
-
-
-T = TypeVar("T")
+    return ml_collections.ConfigDict(plain(Config()))
 
 
 def parse(values: ml_collections.ConfigDict) -> Config:
     """A validated `Config`.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type, or one that makes no sense, by its name.
+        UserError: unknown keys, values of the wrong type, and those that make no sense, all of them by name.
     """
-    cfg = _build(Config, values.to_dict(), "")
-    _check(cfg)
-    return cfg
-
-
-def _build(kind: type[T], values: dict[str, Any], prefix: str) -> T:
-    hints = get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise UserError(f"config.{prefix}{unknown[0]}: unknown key, expected one of {', '.join(sorted(hints))}")
-    fields = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise UserError(f"config.{prefix}{name}: expected a group of settings, got {value!r}")
-            fields[name] = _build(cast(type, hint), value, f"{prefix}{name}.")
-        else:
-            fields[name] = _typed(value, hint, f"config.{prefix}{name}")
-    return kind(**fields)
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    kinds = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if str in kinds and value is None:
-        return ""
-    if isinstance(value, bool) != (bool in kinds) or not isinstance(value, kinds):
-        raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
-    return value
-
-
-def _check(cfg: Config) -> None:
-    def need(condition: bool, key: str, expected: str) -> None:
-        if not condition:
+    cfg, faults = build(Config, values.to_dict())
+    shown = {item.key: item for item in settings(Config)}
+    for rule in RULES:
+        if faults.keys().isdisjoint(rule.keys) and not rule.holds(cfg):
             value = cfg
-            for part in key.split("."):
+            for part in rule.keys[0].split("."):
                 value = getattr(value, part)
-            raise UserError(f"config.{key}: expected {expected}, got {value!r}")
-
-    for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "train_batch_size",
-                "save_steps", "logging_steps", "lora_rank", "num_inference_steps"):  # fmt: skip
-        need(getattr(cfg, key) >= 1, key, "a whole number of at least 1")
-    for key in ("learning_rate", "weight_decay", "warmup_steps", "sample_every", "seed", "eval_every", "early_stop"):
-        need(getattr(cfg, key) >= 0, key, "a number of at least 0")
-    need(cfg.max_grad_norm > 0, "max_grad_norm", "a positive number")
-    need(cfg.max_steps == -1 or cfg.max_steps >= 1, "max_steps", "at least 1, or -1 for whole epochs")
-    need(cfg.model_name == "wan2_2", "model_name", "wan2_2")
-    need(cfg.preset in DIT_PRESETS, "preset", f"one of {', '.join(DIT_PRESETS)}")
-    need(cfg.lr_scheduler_type in SCHEDULERS, "lr_scheduler_type", f"one of {', '.join(SCHEDULERS)}")
-    need(cfg.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
-    need(cfg.remat_policy in ("", *remat.NAMES), "remat_policy", f"one of {', '.join(remat.NAMES)}, or empty")
-    for key in ("frozen_memory", "optimizer_memory"):
-        need(getattr(cfg, key) in MEMORIES, key, f"one of {', '.join(MEMORIES)}")
-    need(cfg.frozen_weights in ("", "int8"), "frozen_weights", "int8, or empty for the run's dtype")
-    need(cfg.vae_caches in remat.VAE_CACHES, "vae_caches", f"one of {', '.join(remat.VAE_CACHES)}")
-    need(cfg.vae_caches == "keep" or cfg.policy != "none", "vae_caches", "keep, as nothing is rematerialised")
-    need(cfg.attention in ATTENTIONS, "attention", f"one of {', '.join(ATTENTIONS)}")
-    need(not cfg.init_lora or bool(cfg.adapted), "init_lora", "empty, as lora_base_model is")
-    need(
-        not cfg.init_lora or len(cfg.adapted) == 1 or set(cfg.init_loras) <= set(cfg.adapted),
-        "init_lora",
-        "NETWORK=FILE[,NETWORK=FILE], as several networks have adapters",
-    )
-    need(bool(cfg.trained), "trainable_models", f"at least one of {', '.join(TRAINABLE)}")
-    need(set(_names(cfg.trainable_models)) <= set(TRAINABLE), "trainable_models", f"some of {', '.join(TRAINABLE)}")
-    need(set(cfg.adapted) <= {"dit", "dit2"}, "lora_base_model", "some of dit, dit2, or empty")
-    need(
-        bool(cfg.lora_targets) and set(cfg.lora_targets) <= set(TARGETS),
-        "lora_target_modules",
-        f"some of {', '.join(TARGETS)}",
-    )
-    need(0 <= cfg.mid_timestep <= cfg.final_timestep, "mid_timestep", f"0..final_timestep ({cfg.final_timestep})")
-    need(
-        cfg.final_timestep < cfg.num_inference_steps,
-        "final_timestep",
-        f"less than num_inference_steps ({cfg.num_inference_steps})",
-    )
-    need(
-        0 <= cfg.min_timestep_boundary <= cfg.max_timestep_boundary <= 1,
-        "min_timestep_boundary",
-        "0 <= min <= max <= 1",
-    )
-    need(
-        set(cfg.inputs) <= {"input_image", "end_image"} and "input_image" in cfg.inputs,
-        "extra_inputs",
-        "input_image or input_image,end_image",
-    )
-    need(cfg.noise.mode in ("fresh", "fixed"), "noise.mode", "fresh or fixed")
-    need(cfg.noise.per_sample >= 0, "noise.per_sample", "a number of at least 0")
-    need(cfg.noise.prefix_cache in ("auto", "on", "off"), "noise.prefix_cache", "auto, on or off")
-    need(cfg.reward.compat in COMPATS, "reward.compat", f"one of {', '.join(COMPATS)}")
-    need(cfg.reward.channel_order in ("rgb", "bgr"), "reward.channel_order", "rgb or bgr")
-    need(
-        cfg.reward.detector_size > 0 and cfg.reward.detector_size % 32 == 0, "reward.detector_size", "a multiple of 32"
-    )
-    need(cfg.sampling.shift > 0, "sampling.shift", "a positive number")
-    need(cfg.data.on_bad_row in ("error", "skip"), "data.on_bad_row", "error or skip")
-    need(cfg.data.num_frames >= 5 and cfg.data.num_frames % 4 == 1, "data.num_frames", "4n+1 frames, at least 5")
-    need((cfg.data.height > 0) == (cfg.data.width > 0), "data.height", "height and width both, or neither")
-    for axis in ("data", "fsdp", "context"):
-        need(
-            getattr(cfg.mesh, axis) == -1 or getattr(cfg.mesh, axis) >= 1,
-            f"mesh.{axis}",
-            "at least 1, or -1 for the rest",
-        )
-    need(dataclasses.astuple(cfg.mesh).count(-1) <= 1, "mesh.data", "at most one axis of -1")
-    for key in ("num_samples", "validation_samples"):
-        need(getattr(cfg.eval, key) >= 1, f"eval.{key}", "a whole number of at least 1")
-    need(0 < cfg.eval.max_motion_loss <= 1, "eval.max_motion_loss", "more than 0 and at most 1")
-    need(0 < cfg.eval.max_copying_rise <= 1, "eval.max_copying_rise", "more than 0 and at most 1")
-    need(not cfg.early_stop or cfg.eval_every > 0, "early_stop", "0, as eval_every is")
-    need(not cfg.profile.steps or cfg.profiled is not None, "profile.steps", "steps such as 3-5, or 3")
-    need(
-        bool(cfg.eval.judge_model_path) or not cfg.eval.file_name,
-        "eval.judge_model_path",
-        "a folder, as eval.file_name is set",
-    )
+            expected = rule.expected if isinstance(rule.expected, str) else rule.expected(cfg)
+            faults[rule.keys[0]] = f"expected {expected}, got {shown[rule.keys[0]].write(value)!r}"
+    if faults:
+        raise UserError("; ".join(f"config.{key}: {fault}" for key, fault in faults.items()))
+    return cfg
 
 
 def takes_image(cfg: Config) -> bool:
@@ -418,4 +437,39 @@ def check_trainable(cfg: Config) -> None:
 
 def dumps(cfg: Config) -> str:
     """The configuration as JSON."""
-    return json.dumps(dataclasses.asdict(cfg), indent=1, sort_keys=True) + "\n"
+    return json.dumps(plain(cfg), indent=1, sort_keys=True) + "\n"
+
+
+def grouped() -> Iterator[tuple[str, str, list[Setting]]]:
+    """All settings in groups for a reader: name and meaning of the group, its settings."""
+    own = own_settings(Config)
+    theirs = own_settings(Original)
+    yield "The original's", "Names, meanings and defaults are the original's.", list(theirs.values())
+    yield "Ours", "A run's settings that the original has not.", [own[key] for key in own if key not in theirs]
+    for name, section in sections(Config).items():
+        yield name, str(section.__doc__), list(settings(section, f"{name}."))
+
+
+def default_text(setting: Setting) -> str:
+    """A setting's default as a flag has it."""
+    value = setting.write(setting.default)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def markdown() -> str:
+    """Tables of all settings."""
+    lines = [
+        "# Settings",
+        "",
+        "Of `--config.NAME=VALUE`, and of config files. Printed by `python -m rfl_jax.config > docs/settings.md`.",
+    ]
+    for title, meaning, group in grouped():
+        lines += ["", f"## {title}", "", meaning, "", "| setting | values | default | meaning |", "|---|---|---|---|"]
+        for item in group:
+            default = f"`{default_text(item)}`" if default_text(item) else "empty"
+            lines.append(f"| `{item.key}` | {item.expected} | {default} | {item.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

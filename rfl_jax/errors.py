@@ -9,6 +9,11 @@ class UserError(Exception):
     """A bad input. The message names the file, row or key and what was expected."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type's name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def refuse_in_one_line(command: str) -> Iterator[None]:
     """Turns `UserError` into one line on stderr and exit status 2, Ctrl-C into status 130."""

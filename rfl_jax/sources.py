@@ -50,14 +50,14 @@ def find_sources(cfg: Config, *, experts: int) -> Sources:
 
     Args:
         cfg: `model_paths` is a JSON list in the order of `ORDER` (each a path or a list of shards), or a file that
-            holds one; `model_id_with_origin_paths` is `org/name:pattern`, comma-separated, in the same order.
+            holds one; `model_id_with_origin_paths` has `org/name:pattern`, in the same order.
         experts: 2, or 1 where one network serves all steps (then the second entry is absent).
     """
     names = ORDER if experts == 2 else ("model", *ORDER[2:])
     if cfg.model_paths:
         entries = [[file for source in entry for file in fetch(source)] for entry in _paths(cfg.model_paths)]
     elif cfg.model_id_with_origin_paths:
-        entries = [fetch(f"hub:{item.strip()}") for item in cfg.model_id_with_origin_paths.split(",")]
+        entries = [fetch(f"hub:{item}") for item in cfg.model_id_with_origin_paths]
     else:
         raise UserError("config.model_paths: empty, expected a JSON list of " + ", ".join(names))
     if len(entries) != len(names):

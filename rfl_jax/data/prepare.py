@@ -87,7 +87,7 @@ class Encoders:
         # All weights are arguments: what a jitted function closes over becomes a constant of its program.
         graph, weights = nnx.split(networks)
         tokenize = self.tokenizer
-        end = "end_image" in cfg.inputs
+        end = "end_image" in cfg.extra_inputs
         first_frame_only = DIT_PRESETS[cfg.preset].first_frame_in_latents
 
         @jax.jit
@@ -269,7 +269,7 @@ def _settings_hash(cfg: Config, sources: Sources, judge: str) -> str:
     settings = {
         "format": FORMAT,
         "clip": clip_settings(cfg),
-        "inputs": cfg.inputs,
+        "inputs": cfg.extra_inputs,
         "preset": cfg.preset,
         "dtype": cfg.dtype,
         "reward": [cfg.reward.compat, cfg.reward.channel_order, cfg.reward.detector_size],

@@ -1,13 +1,12 @@
 """The page of a run: figures, plots and videos in one file that needs nothing else."""
 
-import dataclasses
 import json
 from datetime import UTC, datetime
 from typing import Any
 
 import jinja2
 
-from rfl_jax.config import Config
+from rfl_jax.config import Config, plain
 from rfl_jax.evaluation import plots
 from rfl_jax.evaluation.figures import FIGURES
 from rfl_jax.reporting.collect import Run, changed, embed
@@ -41,7 +40,7 @@ def render(run: Run, *, most: int) -> str:
         clips_in_all=len(run.evaluation["clips"]) if run.evaluation else 0,
         samples=[] if run.evaluation else [(f.name, embed(f)) for f in run.samples[-LAST_SAMPLES:]],
         titles=TITLES,
-        settings=changed(run.config, dataclasses.asdict(Config())),
+        settings=changed(run.config, plain(Config())),
         about=run.about,
         profile=run.profile,
     )

@@ -69,10 +69,8 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
             needed += passes * one.total
             executed += passes * one.total
             continue
-        trained = phase.expert in cfg.trained
-        in_full = trained and phase.expert not in cfg.adapted
-        forward = one.total * (2 if trained else 1)
-        backward = one.linear * (2 if in_full else 1)
+        forward = one.total * (2 if phase.expert in cfg.trained else 1)
+        backward = one.linear * (2 if cfg.trains_in_full(phase.expert) else 1)
         again = {"none": 0.0, "save_attention": one.linear, "nested": 2 * one.total}.get(cfg.policy, one.total)
         needed += passes * (forward + backward + 2 * one.attention)
         executed += passes * (forward + backward + 2.5 * one.attention + again)

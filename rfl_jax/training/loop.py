@@ -89,7 +89,7 @@ def train(run: Setup, workdir: epath.Path) -> Trained:
             write_whole(workdir / "config.json", dumps(cfg))
             write_whole(workdir / "run.json", json.dumps(describe(run), indent=1) + "\n")
             metrics = Metrics(cfg, workdir, start=start, total=run.steps)
-        profiler = Profiler(cfg.profiled, workdir, _keep_programs(run) if cfg.profiled else [])
+        profiler = Profiler(cfg.profile.steps, workdir, _keep_programs(run) if cfg.profile.steps else [])
     except BaseException:
         for opened in filter(None, (checkpoints, validation, metrics)):
             opened.close()

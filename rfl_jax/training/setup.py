@@ -161,8 +161,8 @@ def load_networks(
         if name not in experts:
             continue
         # Masters of what trains in full come from the source's own precision.
-        full = name in cfg.trained and name not in cfg.adapted
-        dits[name] = open_dit(cfg, name, files, mesh, stored=None if full else cfg.dtype)
+        stored = None if cfg.trains_in_full(name) else cfg.dtype
+        dits[name] = open_dit(cfg, name, files, mesh, stored=stored)
     vae_dtype = "float32" if "vae" in cfg.trained else cfg.dtype
     return split_networks(
         cfg,
@@ -183,7 +183,7 @@ def start_from(cfg: Config, params: States) -> States:
     """
     params = dict(params)
     for name, file in cfg.init_loras.items():
-        arrays = adapters.read(file, cfg.preset, cfg.lora_targets, cfg.lora_rank)
+        arrays = adapters.read(file, cfg.preset, cfg.lora_target_modules, cfg.lora_rank)
         flat = dict(nnx.to_flat_state(params[name]))
         for path, leaf in flat.items():
             key = ".".join(map(str, path))

@@ -116,7 +116,7 @@ def split_networks(
         if name in cfg.adapted:
             # The same adapters whatever else is loaded.
             key = jax.random.fold_in(jax.random.key(cfg.seed), TRAINABLE.index(name))
-            add_lora(module, rank=cfg.lora_rank, targets=cfg.lora_targets, key=key)
+            add_lora(module, rank=cfg.lora_rank, targets=cfg.lora_target_modules, key=key)
             graphs[name], params[name], rest[name] = nnx.split(module, nnx.LoRAParam, ...)
         elif name in cfg.trained:
             graphs[name], trained, rest[name] = nnx.split(module, _trains_in_full(name), ...)

@@ -193,11 +193,3 @@ def test_operators_are_counted_once_and_on_the_accelerator_if_there_is_one():
     # What another program does at that time is not the step's.
     other = Part("/host:CPU", lines=[Part("t", events=[event("x", 0, 500, hlo_op="dot.2", hlo_module="jit_other")])])
     assert shares([Part("trace", planes=[other])], phases) == {"other": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("text", "steps"), [("3-5", (3, 5)), ("4", (4, 4)), ("", None), ("5-3", None), ("0", None), ("a", None)]
-)
-def test_steps_to_trace_are_read(text, steps):
-    profile = dataclasses.replace(Config().profile, steps=text)
-    assert dataclasses.replace(Config(), profile=profile).profiled == steps

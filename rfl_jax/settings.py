@@ -1,0 +1,278 @@
+"""Settings that their types describe: what a value may be, its meaning in one line, its text at the edge.
+
+A section is a frozen dataclass of fields `name: Annotated[TYPE, RANGE, "Meaning."] = default`, or of further sections.
+A TYPE is bool, int, float, str, a Literal of texts, `Names` or `Span`; a RANGE is one of the classes below, or absent.
+Flags, ConfigDicts and JSON hold the edge form of a value (bool, int, float or text), the dataclass the type itself.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints, runtime_checkable
+
+Number = int | float
+Names = tuple[str, ...]  # at the edge separated by commas
+Span = tuple[int, int] | None  # first and last, at the edge 3-5 or 3; None: empty text
+
+NOUNS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Names: "names separated by commas",
+    Span: "steps such as 3-5, or 3",
+}
+
+
+@runtime_checkable
+class Range(Protocol):
+    """Values of a type that make sense."""
+
+    def check(self, value: Any) -> bool:
+        """Whether the value is one of them."""
+        ...
+
+    def expected(self, noun: str) -> str:
+        """The text that follows "expected" in a refusal; `noun` is the type's."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+    """Numbers from `least` on; one more number may stand for something else, which `meaning` tells."""
+
+    least: Number
+    besides: Number | None = None
+    meaning: str = ""
+
+    def check(self, value: Number) -> bool:
+        return value >= self.least or value == self.besides
+
+    def expected(self, noun: str) -> str:
+        text = f"{noun} of at least {self.least}"
+        return text if self.besides is None else f"{text}, or {self.besides} for {self.meaning}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Above:
+    """Numbers greater than `bound`, and at most `most`."""
+
+    bound: Number
+    most: Number | None = None
+
+    def check(self, value: Number) -> bool:
+        return value > self.bound and (self.most is None or value <= self.most)
+
+    def expected(self, noun: str) -> str:
+        if self.most is not None:
+            return f"more than {self.bound} and at most {self.most}"
+        return f"{noun} above {self.bound}" if self.bound else "a positive number"
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """Numbers from `least` to `most`; `text` says so in other words where a rule ties them to another setting."""
+
+    least: Number
+    most: Number
+    text: str = ""
+
+    def check(self, value: Number) -> bool:
+        return self.least <= value <= self.most
+
+    def expected(self, noun: str) -> str:
+        return self.text or f"{noun} from {self.least} to {self.most}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MultipleOf:
+    """Positive multiples of `step`, plus `rest`."""
+
+    step: int
+    rest: int = 0
+
+    def check(self, value: int) -> bool:
+        return value >= self.step and value % self.step == self.rest
+
+    def expected(self, noun: str) -> str:
+        if self.rest:
+            return f"{self.step}n+{self.rest}, at least {self.step + self.rest}"
+        return f"a multiple of {self.step}"
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """One of the texts, which may include the empty one."""
+
+    choices: Names
+
+    def check(self, value: str) -> bool:
+        return value in self.choices
+
+    def expected(self, noun: str) -> str:
+        *most, last = filter(None, self.choices)
+        text = (
+            f"one of {', '.join((*most, last))}"
+            if len(most) > 2
+            else " or ".join(filter(None, (", ".join(most), last)))
+        )
+        return text + (", or empty" if "" in self.choices else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """Some of the names; none of them too where `empty`."""
+
+    choices: Names
+    empty: bool = False
+
+    def check(self, value: Names) -> bool:
+        return set(value) <= set(self.choices) and (self.empty or bool(value))
+
+    def expected(self, noun: str) -> str:
+        return f"some of {', '.join(self.choices)}" + (", or empty" if self.empty else "")
+
+
+def names(text: str) -> Names:
+    """The names in a text that commas separate."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def span(text: str) -> Span:
+    """First and last of "3-5" or "3"; None of an empty text.
+
+    Raises:
+        ValueError: the text is of another form, counts from 0 or backwards.
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if not text:
+        return None
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError(text)
+    return first, last
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One setting of a section.
+
+    Attributes:
+        key: its name, after the names of its sections and dots.
+        kind: its type.
+        range: values that make sense; None: all of the type.
+        meaning: one line of documentation.
+        default: of its type, not in the edge form.
+    """
+
+    key: str
+    kind: Any
+    range: Range | None
+    meaning: str
+    default: Any
+
+    @property
+    def edge(self) -> type:
+        """The type of the edge form."""
+        return self.kind if self.kind in (bool, int, float) else str
+
+    @property
+    def expected(self) -> str:
+        """Type and range in words."""
+        return self.range.expected(NOUNS[self.kind]) if self.range else NOUNS[self.kind]
+
+    def read(self, value: Any) -> Any:
+        """The value of an edge form. A whole number may stand for a float, None for an empty text.
+
+        Raises:
+            ValueError: of another type, or out of range; the message tells what was expected.
+        """
+        if self.edge is float and type(value) is int:
+            value = float(value)
+        if self.edge is str and value is None:
+            value = ""
+        if isinstance(value, bool) != (self.edge is bool) or not isinstance(value, self.edge):
+            raise ValueError(f"expected {self.edge.__name__}, got {value!r}")
+        try:
+            found = names(value) if self.kind == Names else span(value) if self.kind == Span else value
+        except ValueError:
+            raise ValueError(f"expected {self.expected}, got {value!r}") from None
+        if self.range and not self.range.check(found):
+            raise ValueError(f"expected {self.expected}, got {value!r}")
+        return found
+
+    def write(self, value: Any) -> bool | int | float | str:
+        """The edge form of a value."""
+        if self.kind == Names:
+            return ",".join(value)
+        if self.kind == Span:
+            return "" if value is None else "-".join(map(str, sorted(set(value))))
+        return value
+
+
+def own_settings(kind: type) -> dict[str, Setting]:
+    """The settings of a section by name, without those of its own sections."""
+    found = {}
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        if get_origin(hints[field.name]) is Annotated:
+            hint, *ranges, meaning = get_args(hints[field.name])
+            if get_origin(hint) is Literal:
+                hint, ranges = str, [OneOf(get_args(hint))]
+            found[field.name] = Setting(field.name, hint, ranges[0] if ranges else None, meaning, field.default)
+    return found
+
+
+def sections(kind: type) -> dict[str, type]:
+    """The sections that are fields of a section, by name."""
+    hints = get_type_hints(kind).items()
+    return {name: hint for name, hint in hints if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+
+
+def settings(kind: type, prefix: str = "") -> Iterator[Setting]:
+    """All settings of a section in order, those of its own sections last."""
+    for setting in own_settings(kind).values():
+        yield dataclasses.replace(setting, key=prefix + setting.key)
+    for name, section in sections(kind).items():
+        yield from settings(section, f"{prefix}{name}.")
+
+
+T = TypeVar("T")
+
+
+def build(kind: type[T], values: dict[str, Any], prefix: str = "") -> tuple[T, dict[str, str]]:
+    """A section of edge forms.
+
+    Args:
+        kind: the section.
+        values: by name; settings that are absent keep their defaults.
+        prefix: of its settings' keys.
+
+    Returns:
+        The section, with defaults in place of what cannot be read; and what is wrong with those settings, by key.
+    """
+    own, nested = own_settings(kind), sections(kind)
+    fields: dict[str, Any] = {}
+    faults: dict[str, str] = {}
+    unknown = f"unknown key, expected one of {', '.join(sorted({*own, *nested}))}"
+    for name, value in values.items():
+        key = prefix + name
+        if name in own:
+            try:
+                fields[name] = own[name].read(value)
+            except ValueError as error:
+                faults[key] = str(error)
+        elif name not in nested:
+            faults[key], unknown = unknown, "unknown key"
+        elif isinstance(value, dict):
+            fields[name], inner = build(nested[name], value, f"{key}.")
+            faults |= inner
+        else:
+            faults[key] = f"expected a group of settings, got {value!r}"
+    return kind(**fields), faults
+
+
+def edge_form(section: Any) -> dict[str, Any]:
+    """The edge forms of a section's values by name, those of its own sections as dictionaries."""
+    own = {name: setting.write(getattr(section, name)) for name, setting in own_settings(type(section)).items()}
+    return own | {name: edge_form(getattr(section, name)) for name in sections(type(section))}

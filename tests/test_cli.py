@@ -1,0 +1,44 @@
+"""Every command tells what it takes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rfl_jax.config import Config
+from rfl_jax.errors import first_line
+from rfl_jax.settings import settings
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {
+    "train": ["--workdir=TEXT", "Folder of the run: config", "--[no]distributed"],
+    "prepare": ["--workdir=TEXT"],
+    "sample": ["--prompt=TEXT", "Default: 16.", "python -m rfl_jax.sample --config=FILE [--lora=RUN_OR_FILE] --csv="],
+    "evaluate": ["--workdir=TEXT", "--data=TEXT"],
+    "plan": ["--topology=TEXT", "--[no]search", "Exit status 0"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_the_commands_flags_and_the_settings(command):
+    option = "-h" if command == "plan" else "--help"
+    # A backend that cannot be opened: help asks for no device.
+    environment = os.environ | {"JAX_PLATFORMS": "none"}
+    arguments = [sys.executable, "-m", f"rfl_jax.{command}", "--workdir=/nowhere", option]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in COMMANDS[command]:
+        assert text in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    words = " ".join(done.stdout.split())
+    for item in settings(Config):
+        assert (f" {item.key}=" in words and item.expected in words and item.meaning in words) == (
+            command != "evaluate"
+        )
+
+
+def test_an_errors_first_line_is_its_types_name_where_it_says_nothing():
+    assert first_line(ValueError("one\ntwo")) == "one"
+    assert first_line(ValueError()) == "ValueError"
