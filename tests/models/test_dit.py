@@ -39,7 +39,7 @@ def inputs(cfg=CFG, seed=2):
     x = rng.normal(size=(2, 3, 6, 4, cfg.in_dim)).astype(np.float32)
     context = rng.normal(size=(2, cfg.text_len, cfg.text_dim)).astype(np.float32)
     context[:, 6:] = 0
-    return x, np.array([900.0, 416.7], np.float32), context
+    return jnp.asarray(x), jnp.array([900.0, 416.7], jnp.float32), jnp.asarray(context)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -57,7 +57,7 @@ def test_agrees_with_diffusers_through_the_converter(tmp_path, per_token):
         qk_norm="rms_norm_across_heads", eps=CFG.eps,
     )  # fmt: skip
     theirs.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in source.items()}, strict=True)
-    x, t, context = inputs()
+    x, t, context = map(np.asarray, inputs())
     if per_token:
         t = np.repeat(t[:, None], 18, 1) * (np.arange(18) >= 6)
         t = t.astype(np.float32)
@@ -70,7 +70,7 @@ def test_agrees_with_diffusers_through_the_converter(tmp_path, per_token):
         )[0].numpy()
     ours = dit.load(tmp_path, num_heads=CFG.num_heads, text_len=CFG.text_len)
     assert ours.cfg == dataclasses.replace(CFG, boundary=0.9)
-    assert relative(ours(x, t, context), np.moveaxis(want, 1, -1)) < 1e-4
+    assert relative(ours(*map(jnp.asarray, (x, t, context))), np.moveaxis(want, 1, -1)) < 1e-4
 
 
 def test_scan_equals_loop():
@@ -113,7 +113,7 @@ def test_tokens_over_a_mesh_equal_one_device(per_token):
     # 18 tokens over 4 devices: two of padding, to which nobody attends.
     x, t, context = inputs()
     if per_token:
-        t = t[:, None] * (jnp.arange(18) >= 6)
+        t = t[:, None] * (jnp.arange(18) >= 6)[None]
     graph, params = nnx.split(random_model())
     target = np.random.default_rng(1).normal(size=(*x.shape[:-1], CFG.out_dim))
 
