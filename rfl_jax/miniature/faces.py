@@ -324,7 +324,8 @@ def _glasses(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors) 
     worn = jax.nn.sigmoid((i["glasses"] - 0.66) * 40)
     colour = _hue(i["glasses_hue"], 0.6, 0.25)
     for name in ("left_eye", "right_eye"):
-        ring = jnp.abs(canvas.ellipse(*g[name], 0.15, 0.125)) - 0.016
+        ex, ey = g[name]
+        ring = jnp.abs(canvas.ellipse(ex, ey, 0.15, 0.125)) - 0.016
         image = _paint(image, colour, worn * canvas.inside(ring))
     bridge = jnp.maximum(jnp.abs(canvas.v - g["left_eye"][1]) - 0.014, jnp.abs(canvas.u - 0.22 * p["yaw"]) - 0.05)
     return _paint(image, colour, worn * canvas.inside(bridge))

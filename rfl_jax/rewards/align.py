@@ -42,9 +42,7 @@ def invert(matrix: Float[Array, "*b 2 3"]) -> Float[Array, "*b 2 3"]:
     return jnp.concatenate([rotation, shift[..., None]], -1)
 
 
-def warp(
-    image: Float[Array | np.ndarray, "h w c"], matrix: Float[Array, "2 3"], *, roll: bool = False
-) -> Float[Array, "112 112 c"]:
+def warp(image: Float[Array, "h w c"], matrix: Float[Array, "2 3"], *, roll: bool = False) -> Float[Array, "112 112 c"]:
     """Bilinear crop of an image, zeros outside it.
 
     Args:

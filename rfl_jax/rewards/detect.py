@@ -165,11 +165,11 @@ def detect(
     """
     canvas, scale = letterbox(images, size, compat)
     raw = detector(canvas)
-    points, strides = anchor_points(size)
-    low = points[None] - raw.boxes[..., :2] * strides[None, :, None]
-    high = points[None] + raw.boxes[..., 2:] * strides[None, :, None]
+    points, strides = (jnp.asarray(x)[None] for x in anchor_points(size))
+    low = points - raw.boxes[..., :2] * strides[..., None]
+    high = points + raw.boxes[..., 2:] * strides[..., None]
     boxes = jnp.concatenate([low, high], -1) / scale
-    kps = (points[None, :, None] + raw.kps * strides[None, :, None, None]) / scale
+    kps = (points[:, :, None] + raw.kps * strides[..., None, None]) / scale
     plus = 1.0 if compat == "insightface" else 0.0
     kept, count = jax.vmap(lambda b, s: _suppress(b, s, OVERLAP_THRESHOLD, plus, most))(boxes, raw.scores)
     valid = jnp.arange(most)[None] < count[:, None]

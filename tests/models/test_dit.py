@@ -13,7 +13,7 @@ from convert import dit
 from convert.mapping import unfill
 from rfl_jax import remat
 from rfl_jax.models.quantize import quantize
-from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
+from rfl_jax.models.wan.config import DIT_PRESETS, VAE_PRESETS, DiTConfig, pixel_multiple, vae_preset
 from rfl_jax.models.wan.dit import DiT, timestep_embedding
 from rfl_jax.models.wan.rope import rope_freqs, split_pairs
 from rfl_jax.models.weights import fill, get_arrays
@@ -57,7 +57,7 @@ def test_agrees_with_diffusers_through_the_converter(tmp_path, per_token):
         qk_norm="rms_norm_across_heads", eps=CFG.eps,
     )  # fmt: skip
     theirs.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in source.items()}, strict=True)
-    x, t, context = map(np.asarray, inputs())
+    x, t, context = map(np.array, inputs())
     if per_token:
         t = np.repeat(t[:, None], 18, 1) * (np.arange(18) >= 6)
         t = t.astype(np.float32)
@@ -158,3 +158,11 @@ def test_int8_weights_stay_close():
 def test_bfloat16_compute_stays_close():
     x, t, context = inputs()
     assert relative(random_model(dtype=jnp.bfloat16)(x, t, context), random_model()(x, t, context)) < 0.03
+
+
+def test_the_published_autoencoder_of_a_network_has_its_channels():
+    for name, vae, multiple in (("wan2_2_i2v_a14b", "wan2_1", 16), ("wan2_2_ti2v_5b", "wan2_2", 32)):
+        assert vae_preset(DIT_PRESETS[name]) == VAE_PRESETS[vae]
+        assert pixel_multiple(DIT_PRESETS[name]) == multiple
+    with pytest.raises(ValueError, match="latents of 8 channels"):
+        vae_preset(CFG)
