@@ -56,7 +56,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
     Args:
         sizes: devices along each axis; one may be -1 and takes the rest.
-        devices: of a topology; this machine's by default.
+        devices: those of a described topology; by default those of this run.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.

@@ -84,9 +84,9 @@ def train_embedder(
     Args:
         cfg: sizes.
         file: ONNX file to write.
-        seed: of weights and data.
+        seed: random seed of weights and data.
         steps: optimisation steps.
-        temperature: of the softmax over cosines.
+        temperature: divides the cosines before the softmax.
         factors: also regress the identity's factors from the embedding, which spreads it over all of them.
         jitter: noise on the landmarks in pixels.
         label: shown beside the progress bar.

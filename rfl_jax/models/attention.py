@@ -92,7 +92,7 @@ def attention(q: Queries, k: Keys, v: Keys, *, kernel: str = "xla", length: int 
     Args:
         q: queries; as many tokens as the context axis divides.
         k, v: keys and values of `s` tokens: as many as queries, or the prompt's.
-        kernel: of `KERNELS`.
+        kernel: a key of `KERNELS`.
         length: real keys, the others are padding; all by default.
     """
     real = k.shape[1] if length is None else length

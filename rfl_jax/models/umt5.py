@@ -21,7 +21,7 @@ class UMT5Config:
 
     Attributes:
         dim_attn: width of all heads together, which may differ from `dim`.
-        num_buckets, max_distance: of the relative position bias, one table a layer.
+        num_buckets, max_distance: how finely and how far the relative position bias (one table a layer) tells distances.
     """
 
     vocab: int

@@ -119,7 +119,7 @@ class DiT(nnx.Module):
         dtype: compute dtype of the matrix products. Norms, rotary and timestep embeddings and the modulation
             stay in float32, as in the reference.
         remat_policy: what the backward pass of a block keeps, see `rfl_jax.remat`.
-        kernel: of attention, see `rfl_jax.models.attention`.
+        kernel: how attention is computed, see `rfl_jax.models.attention`.
         stream: the blocks' weights may lie in pinned host memory; each is brought to the device as its layer runs.
     """
 

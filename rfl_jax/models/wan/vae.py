@@ -22,7 +22,7 @@ from rfl_jax.sharding import pin_columns
 
 Resized = Float[Array, "b t2 h2 w2 c2"]  # what a stage makes of a `Video`
 Pixels = Float[Array, "b t h w 3"]
-Latents = Float[Array, "b n h2 w2 z"]
+Latents = Float[Array, "b t2 h2 w2 c"]
 
 
 class CausalConv(nnx.Module):
