@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 from rfl_jax.errors import UserError
 
@@ -17,12 +17,13 @@ P = PartitionSpec
 T = TypeVar("T")
 Rules = Sequence[tuple[str, PartitionSpec]]
 
-AXES = ("data", "fsdp", "context")
+CONTEXT = "context"
+AXES = ("data", "fsdp", CONTEXT)
 # Samples are spread over data and fsdp, their tokens, frames or columns over context. Weights lie in pieces wherever
 # samples differ or are shared out: on a dimension that every layer has.
 SAMPLES = ("data", "fsdp")
 BATCH = P(SAMPLES)
-PIECES = ("fsdp", "context")
+PIECES = ("fsdp", CONTEXT)
 
 _ADAPTER = (r"blocks\..*\.lora_a", P(None, PIECES, None)), (r"blocks\..*\.lora_b", P(None, None, PIECES))
 _QUANTIZED = ((r"blocks\..*\.kernel_scale", P(None, None)),)
@@ -55,7 +56,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
     Args:
         sizes: devices along each axis; one may be -1 and takes the rest.
-        devices: of a topology; this machine's by default.
+        devices: those of a described topology; by default those of this run.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
@@ -77,7 +78,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def micro_batches(mesh: Mesh) -> NamedSharding:
-    """Of a batch's arrays: micro-batches first, whose samples are spread."""
+    """Where a batch's arrays lie: micro-batches on axis 0 follow one another, their samples on axis 1 are spread."""
     return NamedSharding(mesh, P(None, *BATCH))
 
 
@@ -99,6 +100,11 @@ def _size(axes: str | tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
 
 
+def _dotted(path: Sequence[Any]) -> str:
+    """A parameter's name, `blocks.ffn.up.kernel`, from its path in a state or a tree."""
+    return ".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path).removesuffix(".value")
+
+
 def shardings(state: nnx.State, network: str, mesh: Mesh, *, blocks_memory: str | None = None) -> nnx.State:
     """NamedShardings in the structure of a network's state.
 
@@ -108,8 +114,8 @@ def shardings(state: nnx.State, network: str, mesh: Mesh, *, blocks_memory: str 
     """
     rules = RULES[network]
 
-    def place(path: tuple, leaf: jax.Array) -> NamedSharding:
-        name = ".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path).removesuffix(".value")
+    def place(path: tuple, leaf: Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        name = _dotted(path)
         memory = blocks_memory if name.startswith("blocks.") and name.endswith(".kernel") else None
         return NamedSharding(mesh, spec_of(name, leaf.shape, rules, mesh), memory_kind=memory)
 
@@ -131,7 +137,7 @@ def check_rules(
     used = {pattern for pattern, _ in absent}
     for state in states:
         for path, leaf in nnx.to_flat_state(state):
-            spec_of(".".join(map(str, path)), leaf.shape, RULES[network], mesh, used)
+            spec_of(_dotted(path), leaf.shape, RULES[network], mesh, used)
     unused = [pattern for pattern, _ in RULES[network] if pattern not in used]
     if unused:
         raise KeyError(f"{network}: sharding rule {unused[0]!r} matches no parameter")
@@ -151,7 +157,7 @@ def current_mesh() -> AbstractMesh | None:
 def context_shards() -> int:
     """Into how many parts a sample's tokens are split."""
     mesh = current_mesh()
-    return 1 if mesh is None else mesh.shape["context"]
+    return 1 if mesh is None else mesh.shape[CONTEXT]
 
 
 def divided_batch(samples: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...] | None:
@@ -159,12 +165,21 @@ def divided_batch(samples: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...] | 
     return SAMPLES if samples % batch_shards(mesh) == 0 else None
 
 
-def pin(x: Array, *rest: str | tuple[str, ...] | None) -> Array:
-    """Pins an activation to the current mesh: samples on axis 0, the other axes as given. Without a mesh, nothing."""
+def _pin(x: Array, *rest: str | None) -> Array:
     mesh = current_mesh()
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, P(divided_batch(x.shape[0], mesh), *rest))
+
+
+def pin_tokens(x: Shaped[Array, "b n *c"]) -> Shaped[Array, "b n *c"]:
+    """Spreads samples, and the tokens (or frames) of each over the context axis. Without a mesh, `x` as it is."""
+    return _pin(x, CONTEXT)
+
+
+def pin_columns(x: Shaped[Array, "b t h w c"]) -> Shaped[Array, "b t h w c"]:
+    """Spreads samples, and the columns of each video over the context axis. Without a mesh, `x` as it is."""
+    return _pin(x, None, None, CONTEXT)
 
 
 def gather(weights: T) -> T:
@@ -176,8 +191,8 @@ def gather(weights: T) -> T:
     return jax.tree.map(lambda w: jax.lax.with_sharding_constraint(w, P()), weights)
 
 
-def pin_frames(x: Array) -> Array:
-    """Pins frames of all samples, axis 0, to all devices."""
+def pin_frames(x: Shaped[Array, "n h w c"]) -> Shaped[Array, "n h w c"]:
+    """Spreads the frames of all samples over all devices, if they divide them."""
     mesh = current_mesh()
     if mesh is None or x.shape[0] % mesh.size:
         return x

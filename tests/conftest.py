@@ -10,6 +10,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
+# A broadcast that adds axes is written out, and annotated shapes are checked at every call.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["rfl_jax", "convert"], "beartype.beartype")
+
 pytest_plugins = ["tests.runs"]
 
 

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from rfl_jax.models.layers import expand_to
 
 # Factors that make a person, each uniform in [0, 1].
 IDENTITY = (
@@ -51,7 +53,7 @@ class Scene:
     identity: Float[Array, "b i"]
     pose: Float[Array, "b t p"]
     background: Float[Array, "b 2 3"]
-    words: Array
+    words: Int[Array, "b 3"]
 
 
 jax.tree_util.register_dataclass(Scene, ["identity", "pose", "background", "words"], [])
@@ -79,7 +81,7 @@ def sample_scene(key: Array, identity: Float[Array, "b i"], frames: int) -> Scen
     base = jnp.array([0.0, 0.02, 1.2, 0.0, 0.0, 0.0, 0.2, 0.05, 0.0, 0.0, 0.0])
     spread = jnp.array([0.1, 0.07, 0.1, 0.25, 0.15, 0.08, 0.2, 0.05, 0.0, 0.1, 0.6])
     drift = jnp.array([0.03, 0.03, 0.03, 0.08, 0.06, 0.03, 0.1, 0.03, 0.0, 0.05, 0.1])
-    start = base + spread * jax.random.uniform(keys[3], (b, len(POSE)), minval=-1.0)
+    start = base[None] + spread[None] * jax.random.uniform(keys[3], (b, len(POSE)), minval=-1.0)
     # A main motion and an expression, as amplitudes on the factors they move.
     motion = jnp.zeros((len(MOTIONS), len(POSE)))
     for row, (factor, size) in enumerate((("yaw", 0.5), ("pitch", 0.4), ("roll", 0.22), ("x", 0.22), ("scale", 0.16))):
@@ -88,7 +90,7 @@ def sample_scene(key: Array, identity: Float[Array, "b i"], frames: int) -> Scen
     for row, (factor, size) in enumerate((("smile", 0.8), ("mouth_open", 0.9), ("blink", 1.0), ("brow_raise", 1.0))):
         expression = expression.at[row, POSE.index(factor)].set(size)
     amplitude = motion[words[:, 1]] * jax.random.uniform(keys[4], (b, 1), minval=0.6)
-    amplitude += expression[words[:, 2]] + drift
+    amplitude += expression[words[:, 2]] + drift[None]
     time = jnp.arange(frames)[None, :, None] / 6
     rate = jax.random.uniform(keys[5], (b, 1, len(POSE)), minval=0.5, maxval=1.0)
     phase = jax.random.uniform(keys[6], (b, 1, len(POSE)), maxval=2 * jnp.pi)
@@ -98,7 +100,9 @@ def sample_scene(key: Array, identity: Float[Array, "b i"], frames: int) -> Scen
     high = jnp.array([0.3, 0.22, 1.45, 0.8, 0.6, 0.4, 1.0, 1.0, 1.0, 1.0, 1.0])
     colour = jnp.array(_BACKGROUND_RGB)[words[:, 0]]
     shade = jax.random.uniform(keys[7], (b, 2, 1), minval=0.65, maxval=1.15)
-    return Scene(identity, jnp.clip(pose, low, high), jnp.clip(colour[:, None] * shade, 0, 1), words)
+    return Scene(
+        identity, jnp.clip(pose, low[None, None], high[None, None]), jnp.clip(colour[:, None] * shade, 0, 1), words
+    )
 
 
 def render(scene: Scene, size: int) -> Float[Array, "b t h w 3"]:
@@ -115,16 +119,19 @@ def landmarks(scene: Scene, size: int) -> tuple[Float[Array, "b t 5 2"], Float[A
     return (kps + 1) * scale - 0.5, (box + 1) * scale - 0.5
 
 
-def _hue(h: Array, s: Array | float, v: Array | float) -> Array:
+def _hue(h: Float[Array, ""], s: Float[Array, ""] | float, v: Float[Array, ""] | float) -> Float[Array, "3"]:
     """HSV to RGB, hue in turns."""
     k = (jnp.array([5.0, 3.0, 1.0]) + h * 6) % 6
     return v - v * s * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
 
 Factors = Mapping[str, Array]
+Length = Float[Array, ""] | float
+Colour = Float[Array, "3"]
+Image = Float[Array, "h w 3"]
 
 
-def _geometry(identity: Array, pose: Array) -> tuple[Factors, Factors, Factors]:
+def _geometry(identity: Float[Array, " i"], pose: Float[Array, " p"]) -> tuple[Factors, Factors, Factors]:
     """Named factors, and where the features are in the face's own coordinates (head about 0.5 wide, 0.65 high)."""
     i: Factors = dict(zip(list[str](IDENTITY), identity, strict=True))
     p: Factors = dict(zip(list[str](POSE), pose, strict=True))
@@ -146,13 +153,13 @@ def _geometry(identity: Array, pose: Array) -> tuple[Factors, Factors, Factors]:
     return i, p, g
 
 
-def _to_image(point: Array, p: Factors) -> Array:
+def _to_image(point: Float[Array, "n 2"], p: Factors) -> Float[Array, "n 2"]:
     c, s = jnp.cos(p["roll"]), jnp.sin(p["roll"])
     x, y = point[..., 0], point[..., 1]
     return jnp.stack([p["x"] + p["scale"] * (c * x - s * y), p["y"] + p["scale"] * (s * x + c * y)], -1)
 
 
-def _landmarks(identity: Array, pose: Array) -> tuple[Array, Array]:
+def _landmarks(identity: Float[Array, " i"], pose: Float[Array, " p"]) -> tuple[Float[Array, "5 2"], Float[Array, "4"]]:
     _, p, g = _geometry(identity, pose)
     kps = _to_image(jnp.stack([g[n] for n in ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")]), p)
     angle = jnp.linspace(0, 2 * jnp.pi, 24, endpoint=False)
@@ -161,123 +168,164 @@ def _landmarks(identity: Array, pose: Array) -> tuple[Array, Array]:
     return kps, jnp.concatenate([outline.min(0), outline.max(0)])
 
 
-def _draw(identity: Array, pose: Array, background: Array, size: int) -> Array:
-    i, p, g = _geometry(identity, pose)
-    axis = (jnp.arange(size) + 0.5) * 2 / size - 1
-    x, y = axis[None, :], axis[:, None]
-    soft = 2.0 / size / p["scale"]
-    c, s = jnp.cos(p["roll"]), jnp.sin(p["roll"])
-    u = (c * (x - p["x"]) + s * (y - p["y"])) / p["scale"]
-    v = (-s * (x - p["x"]) + c * (y - p["y"])) / p["scale"]
+@dataclasses.dataclass(frozen=True)
+class _Canvas:
+    """A frame's pixels in the face's own coordinates, and how shapes are drawn on them.
 
-    def inside(distance: Array) -> Array:
-        return jax.nn.sigmoid(-distance / soft * 3.0)
+    Attributes:
+        u, v: position of every pixel, to the right and down.
+        soft: width of a shape's edge.
+    """
 
-    def ellipse(cx: Array, cy: Array, rx: Array, ry: Array, tilt: Array | float = 0.0) -> Array:
+    u: Float[Array, "h w"]
+    v: Float[Array, "h w"]
+    soft: Float[Array, ""]
+
+    def inside(self, distance: Float[Array, "h w"]) -> Float[Array, "h w"]:
+        """How much of a pixel lies within a shape, from the signed distance to its rim."""
+        return jax.nn.sigmoid(-distance / self.soft * 3.0)
+
+    def ellipse(self, cx: Length, cy: Length, rx: Length, ry: Length, tilt: Length = 0.0) -> Float[Array, "h w"]:
+        """Distance to the rim of an ellipse, to first order."""
+        rx, ry = jnp.float32(rx), jnp.float32(ry)
+        u, v = self.u - cx, self.v - cy
         ct, st = jnp.cos(tilt), jnp.sin(tilt)
-        a, b = ct * (u - cx) + st * (v - cy), -st * (u - cx) + ct * (v - cy)
-        # First-order distance to the rim; the small term keeps the root's gradient finite at the centre.
+        a, b = ct * u + st * v, -st * u + ct * v
+        # The small term keeps the root's gradient finite at the centre.
         r = jnp.sqrt((a / rx) ** 2 + (b / ry) ** 2 + 1e-6)
         return r * (r - 1) / jnp.sqrt((a / rx**2) ** 2 + (b / ry**2) ** 2 + 1e-6)
 
-    def paint(image: Array, colour: Array, amount: Array) -> Array:
-        return image + (colour - image) * amount[..., None]
 
+def _paint(image: Image, colour: Float[Array, "#h #w 3"] | Colour, amount: Float[Array, "h w"]) -> Image:
+    return image + (expand_to(colour, image) - image) * amount[..., None]
+
+
+def _draw(identity: Float[Array, " i"], pose: Float[Array, " p"], background: Float[Array, "2 3"], size: int) -> Image:
+    """One frame, RGB in [0, 1], painted from the back to the front."""
+    i, p, g = _geometry(identity, pose)
+    axis = (jnp.arange(size) + 0.5) * 2 / size - 1
+    x, y = axis[None, :], axis[:, None]
+    c, s = jnp.cos(p["roll"]), jnp.sin(p["roll"])
+    u = (c * (x - p["x"]) + s * (y - p["y"])) / p["scale"]
+    v = (-s * (x - p["x"]) + c * (y - p["y"])) / p["scale"]
+    canvas = _Canvas(u, v, 2.0 / size / p["scale"])
     skin = _hue(
         0.045 + 0.035 * i["skin_hue"], 0.5 - 0.22 * i["skin_tone"] + 0.1 * i["skin_hue"], 0.42 + 0.55 * i["skin_tone"]
     )
     hair = _hue(
         0.02 + 0.11 * i["hair_hue"], 0.75 - 0.45 * i["hair_tone"] * i["hair_hue"], 0.08 + 0.8 * i["hair_tone"] ** 1.5
     )
-    iris = _hue(0.05 + 0.6 * i["iris_hue"], 0.65, 0.25 + 0.5 * i["iris_tone"])
-    lips = _hue(0.97 + 0.04 * i["lip_hue"], 0.45 + 0.3 * i["lip_hue"], 0.55 + 0.35 * i["skin_tone"])
-    yaw, pitch = p["yaw"], p["pitch"]
-    w, h = g["half_width"], g["half_height"]
+    top, bottom = background[0][None, None], background[1][None, None]
+    image = top + (bottom - top) * (y[..., None] + 1) / 2 + jnp.zeros((size, size, 1))
+    image = _shoulders(image, canvas, i, p, g, skin)
+    image = _hair_behind(image, canvas, i, p, g, hair)
+    image = _head(image, canvas, i, p, g, skin, hair)
+    image = _eyes(image, canvas, i, p, g, hair)
+    image = _nose(image, canvas, i, p, g, skin)
+    image = _mouth(image, canvas, i, p, g)
+    image = _hair_in_front(image, canvas, i, p, g, hair)
+    image = _glasses(image, canvas, i, p, g)
+    return jnp.clip(image, 0, 1)
 
-    image = background[0] + (background[1] - background[0]) * (y[..., None] + 1) / 2 + jnp.zeros((size, size, 1))
 
-    # Shoulders and neck.
+def _shoulders(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors, skin: Colour) -> Image:
+    """Shoulders and neck."""
     shirt = _hue(i["glasses_hue"] * 0.7 + 0.3 * i["lip_hue"], 0.45, 0.35 + 0.4 * i["hair_length"])
-    image = paint(image, shirt, inside(ellipse(jnp.zeros(()), jnp.float32(1.05), jnp.float32(0.68), jnp.float32(0.42))))
-    image = paint(image, skin * 0.82, inside(ellipse(0.05 * yaw, jnp.float32(0.55), w * 0.5, jnp.float32(0.3))))
+    image = _paint(image, shirt, canvas.inside(canvas.ellipse(0.0, 1.05, 0.68, 0.42)))
+    neck = canvas.ellipse(0.05 * p["yaw"], 0.55, g["half_width"] * 0.5, 0.3)
+    return _paint(image, skin * 0.82, canvas.inside(neck))
 
-    # Hair behind the head.
-    volume = 0.04 + 0.12 * i["hair_volume"]
-    length = 0.7 * i["hair_length"]
-    back = ellipse(-0.05 * yaw, -0.08 + 0.5 * length, w + volume, h * 0.85 + volume * 0.7 + 0.45 * length)
-    image = paint(image, hair * 0.8, inside(back))
 
-    # Ears, head with a jaw, light from one side.
+def _hair_volume(i: Factors) -> Array:
+    return 0.04 + 0.12 * i["hair_volume"]
+
+
+def _hair_behind(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors, hair: Colour) -> Image:
+    """What of the hair lies behind the head: the longer, the further down."""
+    w, h, volume, length = g["half_width"], g["half_height"], _hair_volume(i), 0.7 * i["hair_length"]
+    back = canvas.ellipse(-0.05 * p["yaw"], -0.08 + 0.5 * length, w + volume, h * 0.85 + volume * 0.7 + 0.45 * length)
+    return _paint(image, hair * 0.8, canvas.inside(back))
+
+
+def _head(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors, skin: Colour, hair: Colour) -> Image:
+    """Ears, a head with a jaw that is lit from one side, cheeks and beard."""
+    u, v, yaw, pitch, w, h = canvas.u, canvas.v, p["yaw"], p["pitch"], g["half_width"], g["half_height"]
     ear = 0.05 + 0.05 * i["ears"]
     for side in (-1.0, 1.0):
-        image = paint(
-            image, skin * 0.9, inside(ellipse(side * w * jnp.cos(yaw) - 0.1 * yaw, jnp.float32(0.05), ear, ear * 1.6))
-        )
+        outline = canvas.ellipse(side * w * jnp.cos(yaw) - 0.1 * yaw, 0.05, ear, ear * 1.6)
+        image = _paint(image, skin * 0.9, canvas.inside(outline))
     taper = 1 - (0.34 - 0.28 * i["jaw"]) * jnp.clip(v / h, 0, 1) ** 2
-    head_distance = (jnp.sqrt((u / (w * taper)) ** 2 + (v / h) ** 2 + 1e-6) - 1) * w
-    head = inside(head_distance)
+    head = canvas.inside((jnp.sqrt((u / (w * taper)) ** 2 + (v / h) ** 2 + 1e-6) - 1) * w)
     lit = 1 + 0.22 * p["light"] * jnp.clip(u / w, -1, 1) - 0.1 * jnp.clip(v / h, -1, 1) ** 2
-    image = paint(image, skin * lit[..., None], head)
-    blush = jnp.array([0.85, 0.35, 0.35])
+    image = _paint(image, skin[None, None] * lit[..., None], head)
     for side in (-1.0, 1.0):
         cheek = jnp.exp(-(((u - side * 0.22 - 0.2 * yaw) / 0.1) ** 2 + ((v - 0.17 - 0.1 * pitch) / 0.08) ** 2))
-        image = paint(image, blush, 0.45 * i["blush"] * cheek * head)
-
-    # Beard.
+        image = _paint(image, jnp.array([0.85, 0.35, 0.35]), 0.45 * i["blush"] * cheek * head)
     beard_edge = 0.24 - 0.1 * i["beard"]
-    beard = jax.nn.sigmoid((i["beard"] - 0.6) * 30) * inside(beard_edge + 0.1 * pitch - v) * head
-    image = paint(image, hair * 0.75, 0.85 * beard)
+    beard = jax.nn.sigmoid((i["beard"] - 0.6) * 30) * canvas.inside(beard_edge + 0.1 * pitch - v) * head
+    return _paint(image, hair * 0.75, 0.85 * beard)
 
-    # Eyes, brows.
-    size_eye = 0.062 + 0.042 * i["eye_size"]
-    open_eye = jnp.clip(1 - p["blink"], 0.12, 1)
+
+def _eyes(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors, hair: Colour) -> Image:
+    """Eyes and brows."""
+    iris = _hue(0.05 + 0.6 * i["iris_hue"], 0.65, 0.25 + 0.5 * i["iris_tone"])
+    size = 0.062 + 0.042 * i["eye_size"]
+    opening = jnp.clip(1 - p["blink"], 0.12, 1)
     for side, name in ((-1.0, "left_eye"), (1.0, "right_eye")):
         ex, ey = g[name]
-        white = inside(ellipse(ex, ey, size_eye * 1.35, size_eye * 0.85 * open_eye))
-        image = paint(image, jnp.array([0.96, 0.96, 0.94]), white)
-        gaze = ex + 0.03 * yaw
-        image = paint(image, iris, white * inside(ellipse(gaze, ey, size_eye * 0.72, size_eye * 0.72)))
-        image = paint(
-            image, jnp.array([0.04, 0.04, 0.05]), white * inside(ellipse(gaze, ey, size_eye * 0.34, size_eye * 0.34))
-        )
+        white = canvas.inside(canvas.ellipse(ex, ey, size * 1.35, size * 0.85 * opening))
+        image = _paint(image, jnp.array([0.96, 0.96, 0.94]), white)
+        gaze = ex + 0.03 * p["yaw"]
+        for colour, radius in ((iris, size * 0.72), (jnp.array([0.04, 0.04, 0.05]), size * 0.34)):
+            image = _paint(image, colour, white * canvas.inside(canvas.ellipse(gaze, ey, radius, radius)))
         brow_y = ey - 0.13 - 0.06 * i["brow_height"] - 0.05 * p["brow_raise"]
         tilt = side * (0.35 * i["brow_tilt"] - 0.12)
-        brow = ellipse(ex, brow_y, size_eye * 1.6, 0.014 + 0.035 * i["brow_thickness"], tilt)
-        image = paint(image, hair * 0.6, inside(brow))
+        brow = canvas.ellipse(ex, brow_y, size * 1.6, 0.014 + 0.035 * i["brow_thickness"], tilt)
+        image = _paint(image, hair * 0.6, canvas.inside(brow))
+    return image
 
-    # Nose: a shaded side and a tip.
+
+def _nose(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors, skin: Colour) -> Image:
+    """A shaded side and a tip."""
     nx, ny = g["nose"]
     width = 0.045 + 0.05 * i["nose_width"]
-    bridge = ellipse(nx * 0.85 + 0.02 * jnp.sign(p["light"]), ny - 0.1, width * 0.45, jnp.float32(0.13))
-    image = paint(image, skin * 0.86, 0.6 * inside(bridge))
-    image = paint(image, skin * 0.72, 0.9 * inside(ellipse(nx, ny, width, jnp.float32(0.042))))
+    bridge = canvas.ellipse(nx * 0.85 + 0.02 * jnp.sign(p["light"]), ny - 0.1, width * 0.45, 0.13)
+    image = _paint(image, skin * 0.86, 0.6 * canvas.inside(bridge))
+    return _paint(image, skin * 0.72, 0.9 * canvas.inside(canvas.ellipse(nx, ny, width, 0.042)))
 
-    # Mouth: lips along a curve that the smile bends, dark when open.
+
+def _mouth(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors) -> Image:
+    """Lips along a curve that the smile bends, dark between them when open."""
+    lips = _hue(0.97 + 0.04 * i["lip_hue"], 0.45 + 0.3 * i["lip_hue"], 0.55 + 0.35 * i["skin_tone"])
     lx, ly = g["left_mouth"]
     rx, ry = g["right_mouth"]
     mx, my, half = (lx + rx) / 2, (ly + ry) / 2, (rx - lx) / 2
-    along = jnp.clip((u - mx) / half, -1, 1)
+    along = jnp.clip((canvas.u - mx) / half, -1, 1)
     curve = my + 0.05 * p["smile"] * (1 - along**2) * 1.6
-    thickness = (0.022 + 0.035 * i["lip_thickness"]) * jnp.sqrt(1.0001 - along**2) + 0.07 * p["mouth_open"] * (
-        1 - along**2
-    )
-    ends = jnp.abs(u - mx) - half
-    image = paint(image, lips, inside(jnp.maximum(jnp.abs(v - curve) - thickness, ends)))
+    closed = (0.022 + 0.035 * i["lip_thickness"]) * jnp.sqrt(1.0001 - along**2)
+    thickness = closed + 0.07 * p["mouth_open"] * (1 - along**2)
     opening = 0.085 * p["mouth_open"] * (1 - along**2) - 0.012
-    image = paint(image, jnp.array([0.2, 0.05, 0.06]), inside(jnp.maximum(jnp.abs(v - curve) - opening, ends + 0.03)))
+    height, ends = jnp.abs(canvas.v - curve), jnp.abs(canvas.u - mx) - half
+    image = _paint(image, lips, canvas.inside(jnp.maximum(height - thickness, ends)))
+    return _paint(image, jnp.array([0.2, 0.05, 0.06]), canvas.inside(jnp.maximum(height - opening, ends + 0.03)))
 
-    # Hair in front: a cap above a hairline that the fringe lowers and the parting shifts.
-    hairline = -0.34 + 0.16 * i["fringe"] + 0.08 * pitch - 0.14 * jnp.abs(u - 0.3 * (i["parting"] - 0.5) - 0.1 * yaw)
-    cap = ellipse(jnp.zeros(()), jnp.float32(-0.05), w + volume * 0.7, h + volume)
-    image = paint(image, hair, inside(jnp.maximum(cap, (v - hairline) * 0.7)))
 
-    # Glasses for a third of people.
+def _hair_in_front(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors, hair: Colour) -> Image:
+    """A cap above a hairline that the fringe lowers and the parting shifts."""
+    u, yaw, volume = canvas.u, p["yaw"], _hair_volume(i)
+    parting = 0.14 * jnp.abs(u - 0.3 * (i["parting"] - 0.5) - 0.1 * yaw)
+    hairline = -0.34 + 0.16 * i["fringe"] + 0.08 * p["pitch"] - parting
+    cap = canvas.ellipse(0.0, -0.05, g["half_width"] + volume * 0.7, g["half_height"] + volume)
+    return _paint(image, hair, canvas.inside(jnp.maximum(cap, (canvas.v - hairline) * 0.7)))
+
+
+def _glasses(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors) -> Image:
+    """A third of people wear them."""
     worn = jax.nn.sigmoid((i["glasses"] - 0.66) * 40)
-    frame_colour = _hue(i["glasses_hue"], 0.6, 0.25)
+    colour = _hue(i["glasses_hue"], 0.6, 0.25)
     for name in ("left_eye", "right_eye"):
         ex, ey = g[name]
-        ring = jnp.abs(ellipse(ex, ey, jnp.float32(0.15), jnp.float32(0.125))) - 0.016
-        image = paint(image, frame_colour, worn * inside(ring))
-    bridge = jnp.maximum(jnp.abs(v - g["left_eye"][1]) - 0.014, jnp.abs(u - 0.22 * yaw) - 0.05)
-    image = paint(image, frame_colour, worn * inside(bridge))
-    return jnp.clip(image, 0, 1)
+        ring = jnp.abs(canvas.ellipse(ex, ey, 0.15, 0.125)) - 0.016
+        image = _paint(image, colour, worn * canvas.inside(ring))
+    bridge = jnp.maximum(jnp.abs(canvas.v - g["left_eye"][1]) - 0.014, jnp.abs(canvas.u - 0.22 * p["yaw"]) - 0.05)
+    return _paint(image, colour, worn * canvas.inside(bridge))

@@ -47,7 +47,7 @@ def encoded_clips(out: Path, seed: int, count: int) -> tuple[np.ndarray, np.ndar
         z, y, words = encode(jax.random.fold_in(jax.random.key(seed), i))
         latents.append(np.asarray(z, np.float16))
         conditions.append(np.asarray(y, np.float16))
-        ids, mask = tokenizer([prompt(w) for w in np.asarray(words)])
+        ids, mask = tokenizer([prompt(w) for w in words.tolist()])
         contexts.append(np.asarray(encoder.context(jnp.asarray(ids), jnp.asarray(mask)), np.float16))
     return np.concatenate(latents), np.concatenate(conditions), np.concatenate(contexts)
 

@@ -22,7 +22,7 @@ DETECTOR = resnet((8, 8, 16), (16, 24, 32, 48), (1, 1, 1, 1), 16, (ConvSpec(32),
 def train_scrfd(out: Path, seed: int, scale: float) -> None:
     """A detector of the 10g layout. An anchor near the middle of the face is positive; a tenth of images have none."""
     graph, params = nnx.split(SCRFD(DETECTOR, rngs=nnx.Rngs(seed)))
-    points, strides = (jnp.asarray(x) for x in anchor_points(SIZE))
+    points, strides = (jnp.asarray(x)[None] for x in anchor_points(SIZE))
 
     def loss(params: nnx.State, key: jax.Array) -> tuple[jax.Array, dict]:
         k1, k2, k3, k4 = jax.random.split(key, 4)
@@ -39,8 +39,8 @@ def train_scrfd(out: Path, seed: int, scale: float) -> None:
         near = jnp.all(jnp.abs(points - centre) < 0.45 * half, -1) & ~gone[:, None]
         # Each stride has anchors enough at this size; the coarsest sees the whole face but places it worst.
         positive = near & (strides < 32)
-        left = jnp.concatenate([points - box[:, None, :2], box[:, None, 2:] - points], -1) / strides[:, None]
-        shape = (kps[:, None] - points[:, None]) / strides[:, None, None]
+        left = jnp.concatenate([points - box[:, None, :2], box[:, None, 2:] - points], -1) / strides[..., None]
+        shape = (kps[:, None] - points[:, :, None]) / strides[..., None, None]
         probability = jax.nn.sigmoid(scores)
         focal = -jnp.where(
             positive,
@@ -84,9 +84,9 @@ def train_embedder(
     Args:
         cfg: sizes.
         file: ONNX file to write.
-        seed: of weights and data.
+        seed: random seed of weights and data.
         steps: optimisation steps.
-        temperature: of the softmax over cosines.
+        temperature: divides the cosines before the softmax.
         factors: also regress the identity's factors from the embedding, which spreads it over all of them.
         jitter: noise on the landmarks in pixels.
         label: shown beside the progress bar.

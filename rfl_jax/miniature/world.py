@@ -62,10 +62,11 @@ def video_batch(key: jax.Array, count: int, frames: int) -> tuple[jax.Array, jax
     scene = sample_scene(k2, sample_identity(k1, count), frames)
     kps, box = landmarks(scene, SIZE)
     axis = jnp.arange(SIZE)
-    x1, y1, x2, y2 = jnp.moveaxis(box[..., None], -2, 0)
-    inside = ((axis >= y1) & (axis <= y2))[..., :, None] & ((axis >= x1) & (axis <= x2))[..., None, :]
     grid = jnp.stack(jnp.meshgrid(axis, axis), -1)
-    distance = jnp.sum((grid - kps[..., None, None, :]) ** 2, -1)
+    x1, y1, x2, y2 = jnp.moveaxis(box, -1, 0)[..., None, None]
+    columns, rows = grid[None, None, ..., 0], grid[None, None, ..., 1]
+    inside = (rows >= y1) & (rows <= y2) & (columns >= x1) & (columns <= x2)
+    distance = jnp.sum((grid[None, None, None] - kps[..., None, None, :]) ** 2, -1)
     features = jnp.max(jnp.exp(-distance / (2 * 4.0**2)), 2)
     return render(scene, SIZE), (1.0 + 2.0 * inside + 8.0 * features)[..., None]
 

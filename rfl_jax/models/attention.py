@@ -10,26 +10,27 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from rfl_jax.sharding import current_mesh, divided_batch
+from rfl_jax.sharding import CONTEXT, context_shards, current_mesh, divided_batch
 
-Heads = Float[Array, "b n k d"]
-Kernel = Callable[[Heads, Heads, Heads, int], Heads]  # queries, keys, values, real keys
+Queries = Float[Array, "b n k d"]
+Keys = Float[Array, "b s k d"]  # and values
+Kernel = Callable[[Queries, Keys, Keys, int], Queries]  # the last argument is the number of real keys
 
 LANES = 128  # of a TPU's vector unit
 SPLASH_BLOCK = 512  # tokens a tile; the fastest that fitted in the compilations made so far
 
 
-def _xla(q: Heads, k: Heads, v: Heads, length: int) -> Heads:
+def _xla(q: Queries, k: Keys, v: Keys, length: int) -> Queries:
     lengths = None if length == k.shape[1] else jnp.full(q.shape[0], length, jnp.int32)
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
 
 
-def _cudnn(q: Heads, k: Heads, v: Heads, length: int) -> Heads:
+def _cudnn(q: Queries, k: Keys, v: Keys, length: int) -> Queries:
     lengths = None if length == k.shape[1] else jnp.full(q.shape[0], length, jnp.int32)
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
 
 
-def _splash(q: Heads, k: Heads, v: Heads, length: int, *, interpret: bool = False) -> Heads:
+def _splash(q: Queries, k: Keys, v: Keys, length: int, *, interpret: bool = False) -> Queries:
     """Pallas flash attention for TPU. Tokens are padded to whole tiles; padding is told apart by segment ids. Channels
     of narrow heads are padded with zeros, which change no product.
     """
@@ -81,32 +82,31 @@ def kernel_for(name: str, platform: str) -> str:
     return "splash_interpret" if name == "splash" and platform != "tpu" else name
 
 
-def attention(q: Heads, k: Heads, v: Heads, *, kernel: str = "xla", length: int | None = None) -> Heads:
+def attention(q: Queries, k: Keys, v: Keys, *, kernel: str = "xla", length: int | None = None) -> Queries:
     """Softmax attention over all real keys, scaled by d**-0.5, softmax in float32.
 
     On a mesh (`jax.set_mesh`) the kernel runs on each device's share. Samples are spread over data and fsdp. Over
-    `context`, tokens become heads by an all-to-all before and after (Ulysses, arXiv 2309.14509) where the number of
+    the context axis, tokens become heads by an all-to-all before and after (Ulysses, arXiv 2309.14509) where the number of
     heads divides; otherwise each device keeps its queries and gathers the keys.
 
     Args:
-        q: queries; as many tokens as `context` divides.
-        k, v: keys and values, `s` tokens; of the prompt, if there are fewer than queries.
-        kernel: of `KERNELS`.
+        q: queries; as many tokens as the context axis divides.
+        k, v: keys and values of `s` tokens: as many as queries, or the prompt's.
+        kernel: a key of `KERNELS`.
         length: real keys, the others are padding; all by default.
     """
     real = k.shape[1] if length is None else length
 
-    def run(q: Heads, k: Heads, v: Heads) -> Heads:
+    def run(q: Queries, k: Keys, v: Keys) -> Queries:
         return KERNELS[kernel](q, k, v, real)
 
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         return run(q, k, v)
     batch = divided_batch(q.shape[0], mesh)
-    shards = mesh.shape["context"]
     # The prompt's keys are few and on every device: queries stay where they are.
-    ulysses = k.shape[1] == q.shape[1] and q.shape[2] % shards == 0
-    queries = PartitionSpec(batch, None, "context") if ulysses else PartitionSpec(batch, "context")
+    ulysses = k.shape[1] == q.shape[1] and q.shape[2] % context_shards() == 0
+    queries = PartitionSpec(batch, None, CONTEXT) if ulysses else PartitionSpec(batch, CONTEXT)
     keys = queries if ulysses else PartitionSpec(batch)
     spread: Any = jax.shard_map(run, mesh=mesh, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)
     return spread(q, k, v)

@@ -9,21 +9,21 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from rfl_jax.models.layers import lecun_normal
+from rfl_jax.models.layers import expand_to, lecun_normal
 
 _DIMENSIONS_2D = ("NHWC", "HWIO", "NHWC")
 _DIMENSIONS_3D = ("NDHWC", "DHWIO", "NDHWC")
 
 
 def conv2d(
-    x: Array,
-    kernel: Array,
+    x: Float[Array, "*b h w c"],
+    kernel: Float[Array, "kh kw c_in c2"],
     *,
     stride: int = 1,
     padding: tuple[tuple[int, int], tuple[int, int]],
     groups: int = 1,
-) -> Array:
-    """2-D convolution over the last three axes (h, w, c); all leading axes are batch."""
+) -> Float[Array, "*b h2 w2 c2"]:
+    """2-D convolution over the last three axes (h, w, c); all leading axes are batch. `c_in` is c / groups."""
     lead = x.shape[:-3]
     y = jax.lax.conv_general_dilated(
         x.reshape(-1, *x.shape[-3:]),
@@ -37,8 +37,8 @@ def conv2d(
 
 
 def conv3d(
-    x: Float[Array, "b t h w c_in"], kernel: Float[Array, "kt kh kw c_in c_out"], *, temporal_stride: int = 1
-) -> Float[Array, "b t_out h w c_out"]:
+    x: Float[Array, "b t h w c"], kernel: Float[Array, "kt kh kw c c2"], *, temporal_stride: int = 1
+) -> Float[Array, "b t2 h w c2"]:
     """3-D convolution, zero padding that keeps h and w, none in time.
 
     XLA's CPU backend runs 3-D convolutions several times slower than the same arithmetic as 2-D ones, so there the
@@ -98,7 +98,7 @@ class SquareConv(nnx.Module):
         self.kernel = nnx.Param(lecun_normal(rngs, (kernel, kernel, c_in // groups, c_out), fan_in))
         self.bias = nnx.Param(jnp.zeros(c_out))
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         half = self.kernel.shape[0] // 2
         y = conv2d(
             x.astype(self.dtype),
@@ -107,4 +107,4 @@ class SquareConv(nnx.Module):
             padding=((half, half), (half, half)),
             groups=self.groups,
         )
-        return y + self.bias[...].astype(self.dtype)
+        return y + expand_to(self.bias[...].astype(self.dtype), y)

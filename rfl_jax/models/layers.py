@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -19,6 +20,11 @@ Stack = tuple[int, ...]
 def lecun_normal(rngs: nnx.Rngs, shape: Sequence[int], fan_in: int) -> Array:
     """Normal samples of variance 1/fan_in, float32."""
     return jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5
+
+
+def expand_to(values: Array, x: Array | np.ndarray) -> Array:
+    """The values with leading axes of size one, as many axes as `x` has: what broadcasts over the leading axes of `x`."""
+    return jnp.expand_dims(values, range(x.ndim - values.ndim))
 
 
 class Linear(nnx.Module):
@@ -48,9 +54,9 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         y = x @ self.kernel[...].astype(self.dtype)
         if self.kernel_scale is not None:
-            y = y * self.kernel_scale[...].astype(self.dtype)
+            y = y * expand_to(self.kernel_scale[...].astype(self.dtype), y)
         if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
+            y = y + expand_to(self.bias[...].astype(self.dtype), y)
         if self.lora_a is not None and self.lora_b is not None:
             low = x @ self.lora_a[...].astype(self.dtype)
             y = y + self.lora_scale * (low @ self.lora_b[...].astype(self.dtype))
@@ -69,7 +75,7 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
         # Cast before the scale, as WanRMSNorm and T5LayerNorm do.
-        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return y.astype(x.dtype) * expand_to(self.scale[...].astype(x.dtype), x)
 
 
 def layer_norm(x: Float[Array, "*b d"], eps: float) -> Float[Array, "*b d"]:
@@ -90,5 +96,5 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*stack, dim)))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        y = layer_norm(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
+        scale, bias = (expand_to(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
+        return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)

@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rfl_jax.models.layers import Linear, RMSNorm
 
+Tokens = Int[Array | np.ndarray, "b s"]
+
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
@@ -19,7 +21,7 @@ class UMT5Config:
 
     Attributes:
         dim_attn: width of all heads together, which may differ from `dim`.
-        num_buckets, max_distance: of the relative position bias, one table a layer.
+        num_buckets, max_distance: how finely and how far the relative position bias (one table a layer) tells distances.
     """
 
     vocab: int
@@ -33,7 +35,7 @@ class UMT5Config:
     eps: float = 1e-6
 
 
-def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "n n"]:
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "{length} {length}"]:
     """Bucket of each (query, key) pair: exact for near keys, logarithmic for far ones, one half per direction."""
     relative = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = num_buckets // 2
@@ -55,7 +57,7 @@ class SelfAttention(nnx.Module):
         self.v = Linear(cfg.dim, cfg.dim_attn, bias=False, stack=stack, dtype=dtype, rngs=rngs)
         self.o = Linear(cfg.dim_attn, cfg.dim, bias=False, stack=stack, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, bias: Float[Array, "b k n s"]) -> Array:
+    def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "b k n n"]) -> Float[Array, "b n d"]:
         q, k, v = (rearrange(f(x), "b n (k d) -> b n k d", k=self.num_heads) for f in (self.q, self.k, self.v))
         # T5 does not scale by sqrt(d).
         scores = jnp.einsum("bnkd,bskd->bkns", q, k, preferred_element_type=jnp.float32) + bias
@@ -80,7 +82,9 @@ class Block(nnx.Module):
         """This layer's position bias, float32."""
         return rearrange(self.position_bias[...].astype(jnp.float32)[buckets], "n s k -> k n s")
 
-    def __call__(self, x: Array, buckets: Int[Array, "n n"], mask: Bool[Array, "b s"]) -> Array:
+    def __call__(
+        self, x: Float[Array, "b n d"], buckets: Int[Array, "n n"], mask: Bool[Array, "b n"]
+    ) -> Float[Array, "b n d"]:
         # The lowest finite value: rows that see nothing but padding stay finite.
         bias = jnp.where(mask[:, None, None, :], self.bias(buckets)[None], jnp.finfo(jnp.float32).min)
         x = x + self.attn(self.norm1(x), bias)
@@ -103,7 +107,7 @@ class UMT5Encoder(nnx.Module):
         self.blocks = Block(cfg, dtype=dtype, rngs=rngs)
         self.norm = RMSNorm(cfg.dim, eps=cfg.eps, rngs=rngs)
 
-    def __call__(self, ids: Int[Array, "b s"], mask: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+    def __call__(self, ids: Tokens, mask: Tokens) -> Float[Array, "b s d"]:
         """Hidden states of all rows; padding keys (mask 0) are not attended to.
 
         Args:
@@ -112,15 +116,16 @@ class UMT5Encoder(nnx.Module):
         """
         x = self.embedding[...][ids].astype(self.dtype)
         buckets = jnp.asarray(relative_buckets(ids.shape[1], self.cfg.num_buckets, self.cfg.max_distance))
+        real = jnp.asarray(mask) > 0
         graph, layers = nnx.split(self.blocks)
 
         @jax.checkpoint
         def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, weights)(x, buckets, mask > 0), None
+            return nnx.merge(graph, weights)(x, buckets, real), None
 
         x, _ = jax.lax.scan(layer, x, layers)
         return self.norm(x)
 
-    def context(self, ids: Int[Array, "b s"], mask: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+    def context(self, ids: Tokens, mask: Tokens) -> Float[Array, "b s d"]:
         """What the pipeline feeds to the DiT: hidden states with the rows past the prompt set to zero."""
         return jnp.where((mask > 0)[..., None], self(ids, mask), 0)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from rfl_jax.models.layers import expand_to
 from rfl_jax.rewards.arcface import CROP
 
 # Eyes, nose, mouth corners (x, y) in a 112x112 crop (insightface utils/face_align.py: arcface_dst).
@@ -13,21 +14,21 @@ TEMPLATE = np.array(
 )
 
 
-def similarity(kps: Float[Array, "*b 5 2"]) -> Float[Array, "*b 2 3"]:
+def similarity(kps: Float[Array | np.ndarray, "*b 5 2"]) -> Float[Array, "*b 2 3"]:
     """Least-squares similarity (rotation, one scale, shift) that takes the points to the template.
 
     With points as complex numbers it is z -> a z + b, and a is a ratio of two sums: no decomposition is needed. It
     equals Umeyama's solution. Points that coincide give a matrix of zeros rather than a division by zero.
     """
-    template = jnp.asarray(TEMPLATE)
-    source_mean, target_mean = jnp.mean(kps, -2, keepdims=True), jnp.mean(template, 0)
+    template = expand_to(jnp.asarray(TEMPLATE), kps)
+    source_mean, target_mean = (jnp.mean(x, -2, keepdims=True) for x in (kps, template))
     p, q = kps - source_mean, template - target_mean
     norm = jnp.sum(p * p, (-2, -1))
     inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
     cos = jnp.sum(p * q, (-2, -1)) * inverse
     sin = jnp.sum(p[..., 0] * q[..., 1] - p[..., 1] * q[..., 0], -1) * inverse
     rotation = jnp.stack([jnp.stack([cos, -sin], -1), jnp.stack([sin, cos], -1)], -2)
-    shift = target_mean - jnp.einsum("...ij,...j->...i", rotation, source_mean[..., 0, :])
+    shift = target_mean[..., 0, :] - jnp.einsum("...ij,...j->...i", rotation, source_mean[..., 0, :])
     return jnp.concatenate([rotation, shift[..., None]], -1)
 
 
@@ -63,12 +64,14 @@ def warp(image: Float[Array, "h w c"], matrix: Float[Array, "2 3"], *, roll: boo
     return _bilinear(image, x, y)
 
 
-def _bilinear(image: Array, x: Array, y: Array) -> Array:
+def _bilinear(
+    image: Float[Array, "h w c"], x: Float[Array, "h2 w2"], y: Float[Array, "h2 w2"]
+) -> Float[Array, "h2 w2 c"]:
     h, w = image.shape[:2]
     x0, y0 = jnp.floor(x), jnp.floor(y)
     fx, fy = (x - x0)[..., None], (y - y0)[..., None]
 
-    def pixel(column: Array, row: Array) -> Array:
+    def pixel(column: Float[Array, "h2 w2"], row: Float[Array, "h2 w2"]) -> Float[Array, "h2 w2 c"]:
         inside = (column >= 0) & (column <= w - 1) & (row >= 0) & (row <= h - 1)
         c, r = (jnp.clip(v, 0, n - 1).astype(jnp.int32) for v, n in ((column, w), (row, h)))
         return jnp.where(inside[..., None], image[r, c], 0)
@@ -79,7 +82,7 @@ def _bilinear(image: Array, x: Array, y: Array) -> Array:
 
 
 def align(
-    images: Float[Array, "n h w c"], matrices: Float[Array, "n 2 3"], *, roll: bool = False
+    images: Float[Array | np.ndarray, "n h w c"], matrices: Float[Array, "n 2 3"], *, roll: bool = False
 ) -> Float[Array, "n 112 112 c"]:
     """`warp` of each image."""
     return jax.vmap(lambda image, matrix: warp(image, matrix, roll=roll))(images, matrices)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rfl_jax.models.conv import SquareConv
-from rfl_jax.models.layers import Linear
+from rfl_jax.models.layers import Linear, expand_to
 
 CROP = 112  # pixels: width and height of an aligned face
 
@@ -41,16 +41,17 @@ class Affine(nnx.Module):
         self.scale = nnx.Param(jnp.ones(dim))
         self.bias = nnx.Param(jnp.zeros(dim))
 
-    def __call__(self, x: Array) -> Array:
-        return x * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        scale, bias = (expand_to(p[...].astype(x.dtype), x) for p in (self.scale, self.bias))
+        return x * scale + bias
 
 
 class PReLU(nnx.Module):
     def __init__(self, dim: int) -> None:
         self.slope = nnx.Param(jnp.full(dim, 0.25))
 
-    def __call__(self, x: Array) -> Array:
-        return jnp.where(x >= 0, x, x * self.slope[...].astype(x.dtype))
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return jnp.where(x >= 0, x, x * expand_to(self.slope[...].astype(x.dtype), x))
 
 
 class Block(nnx.Module):
@@ -63,7 +64,7 @@ class Block(nnx.Module):
             SquareConv(c_in, c_out, 1, stride=stride, dtype=dtype, rngs=rngs) if stride != 1 or c_in != c_out else None
         )
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         h = self.conv2(self.prelu(self.conv1(self.norm(x))))
         return h + (x if self.shortcut is None else self.shortcut(x))
 

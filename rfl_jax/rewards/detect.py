@@ -8,12 +8,11 @@ Two forms of the same pipeline, told apart by `compat`:
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rfl_jax.rewards.scrfd import ANCHORS, SCRFD, STRIDES
 
@@ -49,8 +48,8 @@ def letterbox_size(height: int, width: int, size: int) -> tuple[int, int]:
     return int(size * (height / width)), size
 
 
-def _antialiased_weights(source: int, target: int) -> np.ndarray:
-    """Matrix [target, source] of torch's antialiased bilinear resize (pixel centres at halves)."""
+def _antialiased_weights(source: int, target: int) -> Float[np.ndarray, "{target} {source}"]:
+    """Matrix of torch's antialiased bilinear resize (pixel centres at halves)."""
     scale = source / target
     centre = (np.arange(target) + 0.5) * scale
     distance = np.abs(np.arange(source)[None, :] + 0.5 - centre[:, None]) / max(scale, 1.0)
@@ -68,18 +67,20 @@ def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     return low, np.minimum(low + 1, source - 1), weights[0], weights[1]
 
 
-def _resize_8bit(images: Float[Array, "b h w 3"], height: int, width: int) -> Float[Array, "b h2 w2 3"]:
+def _resize_8bit(images: Float[Array, "b h w 3"], height: int, width: int) -> Float[Array, "b {height} {width} 3"]:
     """OpenCV's 8-bit bilinear resize in its own fixed-point steps, on values 0..255."""
     x = images.astype(jnp.int32)
     x0, x1, a, b = _taps(x.shape[2], width)
-    rows = x[:, :, x0] * a[:, None] + x[:, :, x1] * b[:, None]
+    rows = x[:, :, x0] * a[None, None, :, None] + x[:, :, x1] * b[None, None, :, None]
     y0, y1, c, d = _taps(x.shape[1], height)
-    upper = (c[:, None, None] * (rows[:, y0] >> 4)) >> 16
-    lower = (d[:, None, None] * (rows[:, y1] >> 4)) >> 16
+    upper = (c[None, :, None, None] * (rows[:, y0] >> 4)) >> 16
+    lower = (d[None, :, None, None] * (rows[:, y1] >> 4)) >> 16
     return jnp.asarray((upper + lower + 2) >> 2, jnp.float32)
 
 
-def letterbox(images: Float[Array, "b h w 3"], size: int, compat: str) -> tuple[Float[Array, "b s s 3"], float]:
+def letterbox(
+    images: Float[Array | np.ndarray, "b h w 3"], size: int, compat: str
+) -> tuple[Float[Array, "b {size} {size} 3"], float]:
     """The detector's input and the scale that images were resized by.
 
     Args:
@@ -103,7 +104,7 @@ def letterbox(images: Float[Array, "b h w 3"], size: int, compat: str) -> tuple[
     return canvas, nh / h
 
 
-def anchor_points(size: int) -> tuple[np.ndarray, np.ndarray]:
+def anchor_points(size: int) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " n"]]:
     """Position (x, y) in canvas pixels [n, 2] and stride [n] of every anchor, in the order of SCRFD's outputs."""
     points, strides = [], []
     for stride in STRIDES:
@@ -115,7 +116,9 @@ def anchor_points(size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(points).astype(np.float32), np.concatenate(strides).astype(np.float32)
 
 
-def _suppress(boxes: Array, scores: Array, threshold: float, plus: float, most: int) -> tuple[Array, Array]:
+def _suppress(
+    boxes: Float[Array, "n 4"], scores: Float[Array, " n"], threshold: float, plus: float, most: int
+) -> tuple[Int[Array, " {most}"], Int[Array, ""]]:
     """Greedy suppression of one image: indices of the kept boxes by falling score, and how many there are.
 
     Each turn keeps the best box left and drops all that overlap it by more than the threshold, so it takes as many
@@ -144,7 +147,12 @@ def _suppress(boxes: Array, scores: Array, threshold: float, plus: float, most: 
 
 
 def detect(
-    detector: SCRFD, images: Float[Array, "b h w 3"], *, size: int = 640, compat: str = "insightface", most: int = 64
+    detector: SCRFD,
+    images: Float[Array | np.ndarray, "b h w 3"],
+    *,
+    size: int = 640,
+    compat: str = "insightface",
+    most: int = 64,
 ) -> Faces:
     """Faces of each image.
 
@@ -157,16 +165,16 @@ def detect(
     """
     canvas, scale = letterbox(images, size, compat)
     raw = detector(canvas)
-    points, strides = anchor_points(size)
-    low = points - raw.boxes[..., :2] * strides[:, None]
-    high = points + raw.boxes[..., 2:] * strides[:, None]
+    points, strides = (jnp.asarray(x)[None] for x in anchor_points(size))
+    low = points - raw.boxes[..., :2] * strides[..., None]
+    high = points + raw.boxes[..., 2:] * strides[..., None]
     boxes = jnp.concatenate([low, high], -1) / scale
-    kps = (points[:, None] + raw.kps * strides[:, None, None]) / scale
+    kps = (points[:, :, None] + raw.kps * strides[..., None, None]) / scale
     plus = 1.0 if compat == "insightface" else 0.0
     kept, count = jax.vmap(lambda b, s: _suppress(b, s, OVERLAP_THRESHOLD, plus, most))(boxes, raw.scores)
-    valid = jnp.arange(most) < count[:, None]
+    valid = jnp.arange(most)[None] < count[:, None]
 
-    def pick(x: Any) -> Array:
+    def pick(x: Float[Array, "b n *c"]) -> Float[Array, "b f *c"]:
         chosen = jax.vmap(lambda row, index: row[index])(x, kept)
         return jnp.where(valid.reshape(*valid.shape, *[1] * (chosen.ndim - 2)), chosen, 0)
 

@@ -11,7 +11,7 @@ from rfl_jax.rewards.align import align, similarity
 from rfl_jax.rewards.arcface import IResNet
 from rfl_jax.rewards.detect import detect, largest
 from rfl_jax.rewards.scrfd import SCRFD
-from rfl_jax.sharding import context_shards, pin, pin_frames
+from rfl_jax.sharding import context_shards, pin_frames, pin_tokens
 
 # The original's normalisation of the score (ROLL reward_fl/modules/wan_module.py).
 SCORE_MEAN, SCORE_STD, LOSS_WEIGHT = 0.54, 0.16, 0.1
@@ -63,7 +63,7 @@ def cosine_with_pool(
 ) -> Float[Array, "b t"]:
     """Mean cosine of each embedding with the pool's valid rows; 0 where a row or the whole pool is empty."""
 
-    def unit(x: Array) -> Array:
+    def unit(x: Float[Array, "b n e"]) -> Float[Array, "b n e"]:
         square = jnp.sum(x * x, -1, keepdims=True)
         return x * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 
@@ -78,19 +78,7 @@ def usable_pool(pool: Float[Array, "b g e"], *, use_first_frame: bool = False) -
     return mask if use_first_frame else mask.at[:, 0].set(False)
 
 
-def pooled_score(
-    embeddings: Float[Array, "b t e"],
-    mask: Bool[Array, "b t"],
-    pool: Float[Array, "b g e"],
-    *,
-    use_first_frame: bool = False,
-) -> Float[Array, ""]:
-    """The original's score of a batch: the mean over all of its frames with a face."""
-    cosines = cosine_with_pool(embeddings, pool, usable_pool(pool, use_first_frame=use_first_frame))
-    return jnp.sum(cosines * mask) / jnp.maximum(jnp.sum(mask), 1)
-
-
-def reward_loss(score: Array) -> Array:
+def reward_loss(score: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """The original's loss of a score: -(score - 0.54) / 0.16 * 0.1."""
     return -(score - SCORE_MEAN) / SCORE_STD * LOSS_WEIGHT
 
@@ -113,8 +101,10 @@ class FaceReward(nnx.Module):
         kps, boxes, found = largest(faces)
         return jax.lax.stop_gradient(kps), jax.lax.stop_gradient(boxes), found
 
-    def embed(self, frames: Float[Array, "n h w 3"], kps: Float[Array, "n 5 2"], found: Bool[Array, " n"]) -> Array:
-        """Embeddings [n, e] of the faces at these points; zeros where there is none.
+    def embed(
+        self, frames: Float[Array, "n h w 3"], kps: Float[Array, "n 5 2"], found: Bool[Array, " n"]
+    ) -> Float[Array, "n e"]:
+        """Embeddings of the faces at these points; zeros where there is none.
 
         Under `compat="insightface"` pixels outside the frame are black, as its 8-bit warp leaves them; the
         original's are mid-grey.
@@ -146,7 +136,7 @@ class FaceReward(nnx.Module):
         # Frames are spread over the mesh; black ones, which have no face, fill up what it does not divide.
         extra = -t % context_shards()
         video = jnp.pad(jnp.clip(video, -1, 1), ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)), constant_values=-1)
-        frames = pin_frames(pin(video, "context").reshape(-1, *video.shape[2:]))
+        frames = pin_frames(pin_tokens(video).reshape(-1, *video.shape[2:]))
         kps, boxes, found = self.find(frames)
         embeddings = self.embed(frames, kps, found).reshape(b, t + extra, -1)[:, :t]
         kps, boxes, mask = (x.reshape(b, t + extra, *x.shape[1:])[:, :t] for x in (kps, boxes, found))

@@ -14,10 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rfl_jax.models.conv import SquareConv
+from rfl_jax.models.layers import expand_to
 
 STRIDES = (8, 16, 32)
 ANCHORS = 2  # per location
 KEYPOINTS = 5
+
+Outputs = tuple[Float[Array, "b n"], Float[Array, "b n 4"], Float[Array, "b n 5 2"]]  # scores, boxes, points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +97,12 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(dim))
         self.bias = nnx.Param(jnp.zeros(dim))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         y = rearrange(x.astype(jnp.float32), "b h w (g c) -> b h w g c", g=self.groups)
         mean = jnp.mean(y, (1, 2, 4), keepdims=True)
         variance = jnp.var(y, (1, 2, 4), keepdims=True)
         y = ((y - mean) * jax.lax.rsqrt(variance + 1e-5)).reshape(x.shape)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return (y * expand_to(self.scale[...], y) + expand_to(self.bias[...], y)).astype(x.dtype)
 
 
 class ConvReLU(nnx.Module):
@@ -109,7 +112,7 @@ class ConvReLU(nnx.Module):
         )
         self.norm = GroupNorm(spec.width, spec.norm_groups) if spec.norm_groups else None
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         x = self.conv(x)
         return jax.nn.relu(x if self.norm is None else self.norm(x))
 
@@ -118,7 +121,7 @@ class MaxPool(nnx.Module):
     def __init__(self, spec: PoolSpec) -> None:
         self.spec = spec
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         k, s, p = self.spec.kernel, self.spec.stride, self.spec.padding
         window, strides, padding = (1, k, k, 1), (1, s, s, 1), ((0, 0), (p, p), (p, p), (0, 0))
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
@@ -131,7 +134,7 @@ class BasicBlock(nnx.Module):
         self.conv2 = SquareConv(spec.width, spec.width, 3, dtype=dtype, rngs=rngs)
         self.shortcut = SquareConv(c_in, spec.width, 1, dtype=dtype, rngs=rngs) if spec.shortcut else None
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         h = self.conv2(jax.nn.relu(self.conv1(x)))
         if self.shortcut is not None:
             if self.stride > 1:
@@ -152,8 +155,8 @@ class Head(nnx.Module):
         self.reg = SquareConv(widths[-1], ANCHORS * 4, k, dtype=dtype, rngs=rngs)
         self.kps = SquareConv(widths[-1], ANCHORS * KEYPOINTS * 2, k, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array) -> tuple[Array, Array, Array]:
-        """Score logits [b, n], box distances [b, n, 4] and keypoint offsets [b, n, 5, 2], float32."""
+    def __call__(self, x: Float[Array, "b h w c"]) -> Outputs:
+        """Score logits, box distances and keypoint offsets, float32."""
         for layer in self.tower:
             x = layer(x)
         cls, reg, kps = (f(x).astype(jnp.float32) for f in (self.cls, self.reg, self.kps))
@@ -192,8 +195,8 @@ class SCRFD(nnx.Module):
         self.pafpn = nnx.List(conv(cfg.neck, 3) for _ in STRIDES[1:])
         self.heads = nnx.List(Head(cfg, dtype=dtype, rngs=rngs) for _ in STRIDES)
 
-    def logits(self, images: Float[Array, "b h w 3"]) -> list[tuple[Array, Array, Array]]:
-        """What each head says, before the sigmoid of the scores."""
+    def logits(self, images: Float[Array, "b h w 3"]) -> list[Outputs]:
+        """The outputs of each stride's head, before the sigmoid of the scores."""
         x, features = images, []
         for i, layer in enumerate(self.backbone, 1):
             x = layer(x)

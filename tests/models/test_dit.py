@@ -13,7 +13,7 @@ from convert import dit
 from convert.mapping import unfill
 from rfl_jax import remat
 from rfl_jax.models.quantize import quantize
-from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
+from rfl_jax.models.wan.config import DIT_PRESETS, VAE_PRESETS, DiTConfig, pixel_multiple, vae_preset
 from rfl_jax.models.wan.dit import DiT, timestep_embedding
 from rfl_jax.models.wan.rope import rope_freqs, split_pairs
 from rfl_jax.models.weights import fill, get_arrays
@@ -39,7 +39,7 @@ def inputs(cfg=CFG, seed=2):
     x = rng.normal(size=(2, 3, 6, 4, cfg.in_dim)).astype(np.float32)
     context = rng.normal(size=(2, cfg.text_len, cfg.text_dim)).astype(np.float32)
     context[:, 6:] = 0
-    return x, np.array([900.0, 416.7], np.float32), context
+    return jnp.asarray(x), jnp.array([900.0, 416.7], jnp.float32), jnp.asarray(context)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -57,7 +57,7 @@ def test_agrees_with_diffusers_through_the_converter(tmp_path, per_token):
         qk_norm="rms_norm_across_heads", eps=CFG.eps,
     )  # fmt: skip
     theirs.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in source.items()}, strict=True)
-    x, t, context = inputs()
+    x, t, context = map(np.array, inputs())
     if per_token:
         t = np.repeat(t[:, None], 18, 1) * (np.arange(18) >= 6)
         t = t.astype(np.float32)
@@ -70,7 +70,7 @@ def test_agrees_with_diffusers_through_the_converter(tmp_path, per_token):
         )[0].numpy()
     ours = dit.load(tmp_path, num_heads=CFG.num_heads, text_len=CFG.text_len)
     assert ours.cfg == dataclasses.replace(CFG, boundary=0.9)
-    assert relative(ours(x, t, context), np.moveaxis(want, 1, -1)) < 1e-4
+    assert relative(ours(*map(jnp.asarray, (x, t, context))), np.moveaxis(want, 1, -1)) < 1e-4
 
 
 def test_scan_equals_loop():
@@ -113,7 +113,7 @@ def test_tokens_over_a_mesh_equal_one_device(per_token):
     # 18 tokens over 4 devices: two of padding, to which nobody attends.
     x, t, context = inputs()
     if per_token:
-        t = t[:, None] * (jnp.arange(18) >= 6)
+        t = t[:, None] * (jnp.arange(18) >= 6)[None]
     graph, params = nnx.split(random_model())
     target = np.random.default_rng(1).normal(size=(*x.shape[:-1], CFG.out_dim))
 
@@ -158,3 +158,11 @@ def test_int8_weights_stay_close():
 def test_bfloat16_compute_stays_close():
     x, t, context = inputs()
     assert relative(random_model(dtype=jnp.bfloat16)(x, t, context), random_model()(x, t, context)) < 0.03
+
+
+def test_the_published_autoencoder_of_a_network_has_its_channels():
+    for name, vae, multiple in (("wan2_2_i2v_a14b", "wan2_1", 16), ("wan2_2_ti2v_5b", "wan2_2", 32)):
+        assert vae_preset(DIT_PRESETS[name]) == VAE_PRESETS[vae]
+        assert pixel_multiple(DIT_PRESETS[name]) == multiple
+    with pytest.raises(ValueError, match="latents of 8 channels"):
+        vae_preset(CFG)

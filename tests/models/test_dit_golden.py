@@ -25,8 +25,10 @@ def test_velocity_and_gradients(name):
     y = channels_last(io["in.y"]) if "in.y" in io else np.zeros((*x.shape[:-1], 0), np.float32)
     x_dim = x.shape[-1]
 
+    t = jnp.asarray(io["in.t"])
+
     def objective(params, xy, context):
-        v = nnx.merge(graph, params)(xy, io["in.t"], context)
+        v = nnx.merge(graph, params)(xy, t, context)
         return jnp.sum(v * c), v
 
     grads, v = jax.jit(jax.grad(objective, (0, 1, 2), has_aux=True))(

@@ -125,8 +125,8 @@ def test_condition_is_the_mask_and_the_latents_of_the_first_frame():
     alone[:, 0] = video[:, 0]
     y = jax.jit(lambda v: first_frame_condition(model, v[:, 0], 9))(video)
     assert np.array_equal(y[0, :, 0, 0, :4], [[1] * 4, [0] * 4, [0] * 4])
-    assert relative(y[..., 4:], model.encode(alone)) < 1e-5
+    assert relative(y[..., 4:], model.encode(jnp.asarray(alone))) < 1e-5
     alone[:, -1] = video[:, -1]
     y = jax.jit(lambda v: first_frame_condition(model, v[:, 0], 9, v[:, -1]))(video)
     assert np.array_equal(y[0, :, 0, 0, :4], [[1] * 4, [0] * 4, [0, 0, 0, 1]])
-    assert relative(y[..., 4:], model.encode(alone)) < 1e-5
+    assert relative(y[..., 4:], model.encode(jnp.asarray(alone))) < 1e-5

@@ -9,8 +9,9 @@ from flax import nnx
 from rfl_jax.rewards.align import TEMPLATE, align, invert, similarity
 from rfl_jax.rewards.arcface import IResNet, IResNetConfig
 from rfl_jax.rewards.detect import _suppress, letterbox, letterbox_size
-from rfl_jax.rewards.face import FaceReward, RewardConfig, cosine_with_pool, pooled_score, usable_pool
+from rfl_jax.rewards.face import FaceReward, RewardConfig, cosine_with_pool, usable_pool
 from rfl_jax.rewards.scrfd import SCRFD, ConvSpec, resnet
+from tests.rewards.pooled import pooled_score
 
 EMBEDDER = IResNetConfig(widths=(4, 4, 6, 8), layers=(1, 1, 1, 1), stem=4, embedding=8)
 
@@ -122,6 +123,7 @@ def test_score_leaves_out_the_first_frame_and_missing_faces():
     e = rng.normal(size=(2, 4, 8)).astype(np.float32)
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     want = [(unit(e[i]) @ unit(pool[i, rows]).T).mean(1) for i, rows in ((0, [1, 2, 4]), (1, [1, 2, 3, 4]))]
+    e, pool = jnp.asarray(e), jnp.asarray(pool)
     np.testing.assert_allclose(cosine_with_pool(e, pool, usable_pool(pool)), want, atol=1e-6)
     mask = np.array([[1, 1, 0, 1], [0, 0, 0, 0]], bool)
     np.testing.assert_allclose(pooled_score(e, mask, pool), want[0][mask[0]].mean(), atol=1e-6)

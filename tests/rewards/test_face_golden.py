@@ -10,8 +10,9 @@ from safetensors.numpy import load_file
 from convert import arcface, scrfd
 from rfl_jax.rewards.align import align, similarity
 from rfl_jax.rewards.detect import detect, letterbox
-from rfl_jax.rewards.face import FaceReward, RewardConfig, pooled_score, reward_loss
+from rfl_jax.rewards.face import FaceReward, RewardConfig, reward_loss
 from tests.golden import ROOT, case, needs_golden, relative
+from tests.rewards.pooled import pooled_score
 
 pytestmark = needs_golden
 
@@ -138,7 +139,7 @@ def test_whole_reward(order):
     @jax.jit
     def run(x):
         def score(x):
-            out = reward(x[None], io[f"full.{order}.out.ground_truth_embedding"][None])
+            out = reward(x[None], jnp.asarray(io[f"full.{order}.out.ground_truth_embedding"])[None])
             return out.score[0], out
 
         return jax.value_and_grad(score, has_aux=True)(x)

@@ -1,5 +1,7 @@
 """The Wan2.2 diffusion transformer (Wan-Video/Wan2.2 `wan/modules/model.py`)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,19 +11,24 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from rfl_jax.models.attention import attention
-from rfl_jax.models.layers import LayerNorm, Linear, RMSNorm, layer_norm
+from rfl_jax.models.layers import LayerNorm, Linear, RMSNorm, expand_to, layer_norm
 from rfl_jax.models.wan.config import DiTConfig
-from rfl_jax.models.wan.rope import apply_rope, rope_freqs
+from rfl_jax.models.wan.rope import Freqs, apply_rope, rope_freqs
 from rfl_jax.remat import ATTENTION_OUTPUT, BLOCK_INPUT, checkpoint_name, remat
-from rfl_jax.sharding import context_shards, gather, pin
+from rfl_jax.sharding import context_shards, gather, pin_tokens
 
 MAX_PERIOD = 10_000.0
 
+# One for all tokens of a sample, or one a token.
+Modulation = Float[Array, "b #n 6 d"]
+Gate = Float[Array, "b #n d"]
 
-def timestep_embedding(t: Float[Array, "*b"], dim: int) -> Float[Array, "*b dim"]:
+
+def timestep_embedding(t: Float[Array, "*b"], dim: int) -> Float[Array, "*b {dim}"]:
     """Sinusoidal embedding of timesteps in 0..1000: cosines, then sines (sinusoidal_embedding_1d)."""
     freqs = jnp.asarray(MAX_PERIOD ** -(np.arange(dim // 2) / (dim // 2)), jnp.float32)
-    angles = t.astype(jnp.float32)[..., None] * freqs
+    t = t.astype(jnp.float32)[..., None]
+    angles = t * expand_to(freqs, t)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
@@ -43,20 +50,20 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         context: Float[Array, "b s d"],
-        freqs: tuple[Array, Array] | None = None,
+        freqs: Freqs | None = None,
         length: int | None = None,
     ) -> Float[Array, "b n d"]:
-        def heads(y: Array) -> Array:
+        def heads(y: Float[Array, "b n d"]) -> Float[Array, "b n k d2"]:
             return rearrange(y, "b n (k d) -> b n k d", k=self.num_heads)
 
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        q = heads(pin(q, "context"))
+        q = heads(pin_tokens(q))
         # The prompt's keys are few and whole; a video's stay where its tokens are until attention exchanges them.
-        k, v = (heads(y if freqs is None else pin(y, "context")) for y in (k, v))
+        k, v = (heads(y if freqs is None else pin_tokens(y)) for y in (k, v))
         if freqs is not None:
             q, k = apply_rope(q, freqs), apply_rope(k, freqs)
         out = checkpoint_name(attention(q, k, v, kernel=self.kernel, length=length), ATTENTION_OUTPUT)
-        return self.o(pin(rearrange(out, "b n k d -> b n (k d)"), "context"))
+        return self.o(pin_tokens(rearrange(out, "b n k d -> b n (k d)")))
 
 
 class FeedForward(nnx.Module):
@@ -84,13 +91,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        modulation: Float[Array, "b m 6 d"],
+        modulation: Modulation,
         context: Float[Array, "b s d"],
-        freqs: tuple[Array, Array],
+        freqs: Freqs,
         length: int,
     ) -> Float[Array, "b n d"]:
         x = checkpoint_name(x, BLOCK_INPUT)
-        e = self.modulation[...].astype(jnp.float32) + modulation
+        e = self.modulation[...].astype(jnp.float32)[None, None] + modulation
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (e[:, :, i] for i in range(6))
 
         h = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
@@ -100,7 +107,7 @@ class Block(nnx.Module):
         return _gated_add(x, self.ffn(h), gate_2)
 
 
-def _gated_add(x: Array, y: Array, gate: Array) -> Array:
+def _gated_add(x: Float[Array, "b n d"], y: Float[Array, "b n d"], gate: Gate) -> Float[Array, "b n d"]:
     return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
 
 
@@ -112,7 +119,7 @@ class DiT(nnx.Module):
         dtype: compute dtype of the matrix products. Norms, rotary and timestep embeddings and the modulation
             stay in float32, as in the reference.
         remat_policy: what the backward pass of a block keeps, see `rfl_jax.remat`.
-        kernel: of attention, see `rfl_jax.models.attention`.
+        kernel: how attention is computed, see `rfl_jax.models.attention`.
         stream: the blocks' weights may lie in pinned host memory; each is brought to the device as its layer runs.
     """
 
@@ -130,7 +137,7 @@ class DiT(nnx.Module):
         self.stream = stream
         self.dtype = dtype
         self.remat_policy = remat_policy
-        patch_volume = int(np.prod(cfg.patch_size))
+        patch_volume = math.prod(cfg.patch_size)
         f32 = jnp.float32
         self.patch_embedding = Linear(cfg.in_dim * patch_volume, cfg.dim, dtype=dtype, rngs=rngs)
         self.text_in = Linear(cfg.text_dim, cfg.dim, dtype=dtype, rngs=rngs)
@@ -144,9 +151,9 @@ class DiT(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b t h w c_in"],
-        t: Float[Array, "b ..."],
-        context: Float[Array, "b s d_text"],
+        x: Float[Array, "b t h w c"],
+        t: Float[Array, " b"] | Float[Array, "b n"],
+        context: Float[Array, "b s c_text"],
     ) -> Float[Array, "b t h w c_out"]:
         """Velocity of latents `x`.
 
@@ -159,24 +166,50 @@ class DiT(nnx.Module):
         Returns:
             The velocity, float32.
         """
-        cfg = self.cfg
-        pt, ph, pw = cfg.patch_size
-        grid = (x.shape[1] // pt, x.shape[2] // ph, x.shape[3] // pw)
-        length = int(np.prod(grid))
+        grid = self._grid(x)
+        length = math.prod(grid)
         # Tokens that the mesh does not divide are padded at the end; no real token attends to them.
         extra = -length % context_shards()
-        cos, sin = (jnp.pad(f, ((0, extra), (0, 0))) for f in rope_freqs(grid, cfg.head_dim))
+        cos, sin = (jnp.pad(f, ((0, extra), (0, 0))) for f in rope_freqs(grid, self.cfg.head_dim))
+        tokens = pin_tokens(_pad_tokens(self.patch_embedding(self._patchify(x)), extra))
+        text = self._embed_text(context)
+        e, modulation = self._embed_time(_pad_tokens(t, extra) if t.ndim == 2 else t[:, None])
+        tokens = self._run_blocks(tokens, modulation, text, (cos, sin), length)
 
-        tokens = self.patch_embedding(
-            rearrange(x, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
-        )
-        tokens = pin(jnp.pad(tokens, ((0, 0), (0, extra), (0, 0))), "context")
-        text = self.text_out(jax.nn.gelu(self.text_in(context), approximate=True))
+        shift, scale = (self.head_modulation[...].astype(jnp.float32)[None, None] + e[:, :, None]).transpose(2, 0, 1, 3)
+        out = self.head(layer_norm(tokens, self.cfg.eps) * (1 + scale) + shift)
+        return self._unpatchify(out[:, :length], grid)
 
-        per_token = jnp.pad(t, ((0, 0), (0, extra))) if t.ndim == 2 else t[:, None]
-        e = self.time_out(jax.nn.silu(self.time_in(timestep_embedding(per_token, cfg.freq_dim))))
-        modulation = rearrange(self.time_projection(jax.nn.silu(e)), "b n (six d) -> b n six d", six=6)
+    def _grid(self, x: Float[Array, "b t h w c"]) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens."""
+        (t, h, w), (pt, ph, pw) = x.shape[1:4], self.cfg.patch_size
+        return t // pt, h // ph, w // pw
 
+    def _patchify(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b n c2"]:
+        pt, ph, pw = self.cfg.patch_size
+        return rearrange(x, "b (t pt) (h ph) (w pw) c -> b (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+
+    def _unpatchify(self, x: Float[Array, "b n c2"], grid: tuple[int, int, int]) -> Float[Array, "b t h w c"]:
+        (t, h, w), (pt, ph, pw) = grid, self.cfg.patch_size
+        return rearrange(x, "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+    def _embed_text(self, context: Float[Array, "b s c"]) -> Float[Array, "b s d"]:
+        return self.text_out(jax.nn.gelu(self.text_in(context), approximate=True))
+
+    def _embed_time(self, t: Float[Array, "b n"]) -> tuple[Float[Array, "b n d"], Float[Array, "b n 6 d"]]:
+        """What the timesteps are to the head, and the modulation of the blocks; n is 1 or the number of tokens."""
+        e = self.time_out(jax.nn.silu(self.time_in(timestep_embedding(t, self.cfg.freq_dim))))
+        return e, rearrange(self.time_projection(jax.nn.silu(e)), "b n (six d) -> b n six d", six=6)
+
+    def _run_blocks(
+        self,
+        tokens: Float[Array, "b n d"],
+        modulation: Modulation,
+        text: Float[Array, "b s d"],
+        freqs: Freqs,
+        length: int,
+    ) -> Float[Array, "b n d"]:
+        """All layers in turn, each rematerialised in the backward pass."""
         graph, layers = nnx.split(self.blocks)
 
         def layer(tokens: Array, weights: nnx.State) -> tuple[Array, None]:
@@ -186,14 +219,11 @@ class DiT(nnx.Module):
                 tokens, weights = jax.lax.optimization_barrier((tokens, weights))
             if self.stream:
                 weights = jax.device_put(weights, jax.memory.Space.Device)
-            return pin(nnx.merge(graph, gather(weights))(tokens, modulation, text, (cos, sin), length), "context"), None
+            block = nnx.merge(graph, gather(weights))
+            return pin_tokens(block(tokens, modulation, text, freqs, length)), None
 
-        tokens, _ = jax.lax.scan(remat(layer, self.remat_policy), tokens, layers)
+        return jax.lax.scan(remat(layer, self.remat_policy), tokens, layers)[0]
 
-        shift, scale = (self.head_modulation[...].astype(jnp.float32) + e[:, :, None]).transpose(2, 0, 1, 3)
-        out = self.head(layer_norm(tokens, cfg.eps) * (1 + scale) + shift)
-        return rearrange(
-            out[:, :length],
-            "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c",
-            t=grid[0], h=grid[1], w=grid[2], pt=pt, ph=ph, pw=pw,
-        )  # fmt: skip
+
+def _pad_tokens(x: Float[Array, "b n *c"], extra: int) -> Float[Array, "b n+{extra} *c"]:
+    return jnp.pad(x, ((0, 0), (0, extra), *[(0, 0)] * (x.ndim - 2)))

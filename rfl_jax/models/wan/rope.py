@@ -6,6 +6,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 THETA = 10_000.0
+Freqs = tuple[Float[Array, "n half"], Float[Array, "n half"]]  # cosine and sine; half of a head's width
 
 
 def split_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -14,7 +15,7 @@ def split_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
-def rope_freqs(grid: tuple[int, int, int], head_dim: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+def rope_freqs(grid: tuple[int, int, int], head_dim: int) -> Freqs:
     """Cosine and sine of every token's angles, tokens in frame, row, column order.
 
     Args:
@@ -41,7 +42,7 @@ def rope_freqs(grid: tuple[int, int, int], head_dim: int) -> tuple[Float[Array, 
 
 
 def apply_rope(
-    x: Float[Array, "b n k d"], freqs: tuple[Float[Array, "n half"], Float[Array, "n half"]]
+    x: Float[Array, "b n k d"], freqs: tuple[Float[Array, "n d//2"], Float[Array, "n d//2"]]
 ) -> Float[Array, "b n k d"]:
     """Turns each consecutive pair of channels by its angle, in float32."""
     cos, sin = (f[None, :, None, :] for f in freqs)

@@ -11,14 +11,18 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from rfl_jax.models.conv import conv2d, conv3d
-from rfl_jax.models.layers import Linear, lecun_normal
-from rfl_jax.models.wan.clock import Chunk, Clock, Video, WholeClip
+from rfl_jax.models.layers import Linear, expand_to, lecun_normal
+from rfl_jax.models.wan.clock import Chunk, Clock, Retimed, Video, WholeClip
 from rfl_jax.models.wan.config import VAEConfig
 from rfl_jax.remat import OFFLOAD_VAE_CACHES, VAE_CACHE, checkpoint_name
-from rfl_jax.sharding import pin
+from rfl_jax.sharding import pin_columns
+
+Resized = Float[Array, "b t2 h2 w2 c2"]  # what a stage makes of a `Video`
+Pixels = Float[Array, "b t h w 3"]
+Latents = Float[Array, "b t2 h2 w2 c"]
 
 
 class CausalConv(nnx.Module):
@@ -32,12 +36,12 @@ class CausalConv(nnx.Module):
         self.kernel = nnx.Param(lecun_normal(rngs, (*kernel, c_in, c_out), kernel[0] * kernel[1] * kernel[2] * c_in))
         self.bias = nnx.Param(jnp.zeros(c_out))
 
-    def valid(self, x: Video) -> Video:
+    def valid(self, x: Video) -> Retimed:
         """Without padding in time."""
         y = conv3d(x.astype(self.dtype), self.kernel[...].astype(self.dtype), temporal_stride=self.stride)
-        return y + self.bias[...].astype(self.dtype)
+        return y + expand_to(self.bias[...].astype(self.dtype), y)
 
-    def __call__(self, x: Video, clock: Clock) -> Video:
+    def __call__(self, x: Video, clock: Clock) -> Retimed:
         return self.valid(clock.with_past(x.astype(self.dtype), self.kernel.shape[0] - 1))
 
 
@@ -50,10 +54,10 @@ class Conv2D(nnx.Module):
         self.kernel = nnx.Param(lecun_normal(rngs, (3, 3, c_in, c_out), 9 * c_in))
         self.bias = nnx.Param(jnp.zeros(c_out))
 
-    def __call__(self, x: Video) -> Video:
+    def __call__(self, x: Video) -> Float[Array, "b t h2 w2 c2"]:
         side = (0, 1) if self.stride == 2 else (1, 1)
         y = conv2d(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=self.stride, padding=(side, side))
-        return y + self.bias[...].astype(self.dtype)
+        return y + expand_to(self.bias[...].astype(self.dtype), y)
 
 
 class ChannelNorm(nnx.Module):
@@ -62,11 +66,11 @@ class ChannelNorm(nnx.Module):
     def __init__(self, dim: int) -> None:
         self.scale = nnx.Param(jnp.ones(dim))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
         y = x.astype(jnp.float32)
         # max() on the square: the norm's own gradient is undefined on the junk frames' zeros.
         inverse = jax.lax.rsqrt(jnp.maximum(jnp.sum(y * y, -1, keepdims=True), 1e-24))
-        return (y * inverse * x.shape[-1] ** 0.5 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return (y * inverse * x.shape[-1] ** 0.5 * expand_to(self.scale[...].astype(jnp.float32), y)).astype(x.dtype)
 
 
 class ResidualBlock(nnx.Module):
@@ -77,7 +81,7 @@ class ResidualBlock(nnx.Module):
         self.conv2 = CausalConv(c_out, c_out, (3, 3, 3), dtype=dtype, rngs=rngs)
         self.shortcut = Linear(c_in, c_out, dtype=dtype, rngs=rngs) if c_in != c_out else None
 
-    def __call__(self, x: Video, clock: Clock) -> Video:
+    def __call__(self, x: Video, clock: Clock) -> Float[Array, "b t h w c2"]:
         h = self.conv1(jax.nn.silu(self.norm1(x)), clock)
         h = self.conv2(jax.nn.silu(self.norm2(h)), clock)
         return h + (x if self.shortcut is None else self.shortcut(x))
@@ -103,7 +107,7 @@ class Downsample(nnx.Module):
         self.conv = Conv2D(dim, dim, stride=2, dtype=dtype, rngs=rngs)
         self.time_conv = CausalConv(dim, dim, (3, 1, 1), stride=2, dtype=dtype, rngs=rngs) if temporal else None
 
-    def __call__(self, x: Video, clock: Clock) -> Video:
+    def __call__(self, x: Video, clock: Clock) -> Resized:
         x = self.conv(x)
         return x if self.time_conv is None else clock.halve(x, self.time_conv.valid)
 
@@ -113,20 +117,20 @@ class Upsample(nnx.Module):
         self.time_conv = CausalConv(c_in, 2 * c_in, (3, 1, 1), dtype=dtype, rngs=rngs) if temporal else None
         self.conv = Conv2D(c_in, c_out, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Video, clock: Clock) -> Video:
+    def __call__(self, x: Video, clock: Clock) -> Resized:
         if self.time_conv is not None:
             x = clock.double(x, self.time_conv.valid)
         return self.conv(repeat(x, "b t h w c -> b t (h h2) (w w2) c", h2=2, w2=2))
 
 
-def average_down(x: Video, c_out: int, clock: Clock, *, time: int, space: int) -> Video:
+def average_down(x: Video, c_out: int, clock: Clock, *, time: int, space: int) -> Float[Array, "b t2 h2 w2 {c_out}"]:
     """Wan2.2's shortcut around a downsampling stage (AvgDown3D): means over neighbouring pixels and channels."""
     x = clock.in_groups(x, time) if time > 1 else x
     x = rearrange(x, "b (t ft) (h fh) (w fw) c -> b t h w (c ft fh fw)", ft=time, fh=space, fw=space)
     return jnp.mean(rearrange(x, "b t h w (c group) -> b t h w c group", c=c_out), -1)
 
 
-def duplicate_up(x: Video, c_out: int, clock: Clock, *, time: int, space: int) -> Video:
+def duplicate_up(x: Video, c_out: int, clock: Clock, *, time: int, space: int) -> Float[Array, "b t2 h2 w2 {c_out}"]:
     """Wan2.2's shortcut around an upsampling stage (DupUp3D): channels laid out as neighbouring pixels."""
     x = repeat(x, "b t h w c -> b t h w (c copies)", copies=c_out * time * space * space // x.shape[-1])
     x = rearrange(x, "b t h w (c ft fh fw) -> b (t ft) (h fh) (w fw) c", ft=time, fh=space, fw=space)
@@ -146,7 +150,7 @@ class DownStage(nnx.Module):
         self.blocks = nnx.List(ResidualBlock(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths))
         self.resample = Downsample(c_out, temporal=temporal, dtype=dtype, rngs=rngs) if down else None
 
-    def __call__(self, x: Video, clock: Clock) -> Video:
+    def __call__(self, x: Video, clock: Clock) -> Resized:
         h = x
         for block in self.blocks:
             h = block(h, clock)
@@ -172,7 +176,7 @@ class UpStage(nnx.Module):
         up_out = c_out if cfg.version == "2.2" else c_out // 2
         self.resample = Upsample(c_out, up_out, temporal=temporal, dtype=dtype, rngs=rngs) if up else None
 
-    def __call__(self, x: Video, clock: Clock) -> Video:
+    def __call__(self, x: Video, clock: Clock) -> Resized:
         h = x
         for block in self.blocks:
             h = block(h, clock)
@@ -209,7 +213,7 @@ class Encoder(nnx.Module):
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv(widths[-1], 2 * cfg.z_dim, (3, 3, 3), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Video, clock: Clock) -> Video:
+    def __call__(self, x: Video, clock: Clock) -> Resized:
         x = self.conv_in(x, clock)
         for stage in self.stages:
             x = stage(x, clock)
@@ -235,7 +239,7 @@ class Decoder(nnx.Module):
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv(widths[-1], 3 * cfg.patch**2, (3, 3, 3), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Video, clock: Clock) -> Video:
+    def __call__(self, x: Video, clock: Clock) -> Resized:
         x = self.middle(self.conv_in(x, clock), clock)
         for stage in self.stages:
             x = stage(x, clock)
@@ -271,7 +275,7 @@ class VAE(nnx.Module):
         self.post_quant = Linear(cfg.z_dim, cfg.z_dim, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(cfg, dtype=dtype, rngs=rngs)
 
-    def encode(self, video: Video) -> Video:
+    def encode(self, video: Pixels) -> Latents:
         """Normalised latent means, chunk by chunk.
 
         Args:
@@ -287,24 +291,26 @@ class VAE(nnx.Module):
         out = self._scan(self.encoder, chunks)
         return self._normalise(rearrange(out, "n b t h w c -> b (n t) h w c"))
 
-    def encode_moments(self, video: Video) -> tuple[Video, Video]:
+    def encode_moments(self, video: Pixels) -> tuple[Latents, Latents]:
         """Mean and log-variance of the unnormalised latents of a whole clip (what training an autoencoder needs)."""
         moments = self.quant(self.encoder(self._patchify(video), WholeClip()))
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, -1)
         return mean, log_variance
 
-    def encode_whole(self, video: Video) -> Video:
+    def encode_whole(self, video: Pixels) -> Latents:
         """`encode` without chunks: the simplest form, and the one with the largest memory."""
         return self._normalise(self.encoder(self._patchify(video), WholeClip()))
 
-    def encode_first_frame(self, image: Float[Array, "b h w 3"], frames: int, end_image: Array | None = None) -> Video:
+    def encode_first_frame(
+        self, image: Float[Array, "b h w 3"], frames: int, end_image: Float[Array, "b h w 3"] | None = None
+    ) -> Latents:
         """Latents of a clip that shows `image`, then mid-grey zeros, and `end_image` last if given."""
         video = jnp.zeros((image.shape[0], frames, *image.shape[1:]), image.dtype).at[:, 0].set(image)
         if end_image is not None:
             video = video.at[:, -1].set(end_image)
         return self.encode(video)
 
-    def decode(self, latents: Video) -> Video:
+    def decode(self, latents: Latents) -> Pixels:
         """Video of normalised latents, one latent frame at a time, each rematerialised in the backward pass if `remat`.
 
         Args:
@@ -314,19 +320,19 @@ class VAE(nnx.Module):
             [b, 4n+1, h*stride, w*stride, 3], float32, about [-1, 1] but not clamped.
         """
         # Columns are spread over the mesh: pins at both ends suffice, the compiler exchanges halos in between.
-        latents = pin(latents, None, None, "context")
+        latents = pin_columns(latents)
         z = rearrange(self.post_quant(self._denormalise(latents)), "b n h w c -> n b 1 h w c")
         out = rearrange(self._scan(self.decoder, z), "n b t h w c -> b (n t) h w c")
-        return pin(self._unpatchify(out[:, self.cfg.stride[0] - 1 :]), None, None, "context")
+        return pin_columns(self._unpatchify(out[:, self.cfg.stride[0] - 1 :]))
 
-    def decode_whole(self, latents: Video) -> Video:
+    def decode_whole(self, latents: Latents) -> Pixels:
         """`decode` of all frames at once."""
         return self._unpatchify(self.decoder(self.post_quant(self._denormalise(latents)), WholeClip()))
 
-    def _scan(self, network: nnx.Module, chunks: Float[Array, "n b t h w c"]) -> Array:
+    def _scan(self, network: nnx.Module, chunks: Float[Array, "n b t h w c"]) -> Float[Array, "n b t2 h2 w2 c2"]:
         graph, weights = nnx.split(network)
 
-        def run(chunk: Array, first: Array, caches: list[Array] | None) -> tuple[list[Array], Array]:
+        def run(chunk: Video, first: Bool[Array, ""], caches: list[Array] | None) -> tuple[list[Array], Resized]:
             clock = Chunk(first, caches)
             out = nnx.merge(graph, weights)(chunk, clock)
             return clock.caches, out
@@ -354,10 +360,11 @@ class VAE(nnx.Module):
         out = jax.lax.scan(jax.checkpoint(group, prevent_cse=False), caches, split)[1]
         return out.reshape(count, *out.shape[2:])
 
-    def _statistics(self) -> tuple[Array, Array]:
-        return jnp.asarray(self.cfg.latent_mean, jnp.float32), jnp.asarray(self.cfg.latent_std, jnp.float32)
+    def _statistics(self) -> tuple[Float[Array, "1 1 1 1 z"], Float[Array, "1 1 1 1 z"]]:
+        mean, std = (jnp.asarray(s, jnp.float32) for s in (self.cfg.latent_mean, self.cfg.latent_std))
+        return mean[None, None, None, None], std[None, None, None, None]
 
-    def _normalise(self, encoded: Video) -> Video:
+    def _normalise(self, encoded: Video) -> Float[Array, "b t h w c//2"]:
         mean, std = self._statistics()
         return (self.quant(encoded)[..., : self.cfg.z_dim].astype(jnp.float32) - mean) / std
 
@@ -365,10 +372,10 @@ class VAE(nnx.Module):
         mean, std = self._statistics()
         return latents * std + mean
 
-    def _patchify(self, video: Video) -> Video:
+    def _patchify(self, video: Pixels) -> Float[Array, "b t h2 w2 c"]:
         p = self.cfg.patch
         return rearrange(video, "b t (h q) (w r) c -> b t h w (c r q)", q=p, r=p)
 
-    def _unpatchify(self, x: Video) -> Video:
+    def _unpatchify(self, x: Video) -> Float[Array, "b t h2 w2 3"]:
         p = self.cfg.patch
         return rearrange(x, "b t h w (c r q) -> b t (h q) (w r) c", q=p, r=p).astype(jnp.float32)
