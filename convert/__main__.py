@@ -26,8 +26,9 @@ from convert import adapters, dit, export, identity, store, verify
 from convert.lora import parse_strength
 from rfl_jax.config import parse
 from rfl_jax.errors import UserError, refuse_in_one_line
+from rfl_jax.fetch import fetch
 from rfl_jax.files import is_remote, write_whole
-from rfl_jax.sources import experts_of, fetch, find_sources
+from rfl_jax.sources import experts_of, find_sources
 
 INTERRUPTED = 130
 DTYPES = ("float32", "bfloat16", "float16")

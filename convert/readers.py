@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rfl_jax.errors import UserError
+from rfl_jax.files import PICKLES
 
 # Floating-point only: there are no other weights in these networks.
 DTYPES = {
@@ -25,7 +26,6 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-PICKLES = (".pth", ".pt", ".ckpt")
 # What some tools put before every key of the DiT.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # Names of an 8-bit weight's scale, in place of its "weight", and of what else comes with it.

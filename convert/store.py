@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 from convert import arcface, dit, scrfd, umt5, vae
 from convert.mapping import LazyArray, whole
 from convert.streaming import streaming_handler
-from rfl_jax.errors import UserError
+from rfl_jax.errors import UserError, first_line
 from rfl_jax.files import absolute, array_handler
 from rfl_jax.models.lora import LoraConfig
 from rfl_jax.models.umt5 import UMT5Config
@@ -118,7 +118,7 @@ def read_description(directory: str) -> dict[str, Any]:
             "cfg": _from_json(content["component"], content["config"])
         }
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{directory}: expected weights written by python -m convert ({_first_line(error)})") from None
+        raise UserError(f"{directory}: expected weights written by python -m convert ({first_line(error)})") from None
 
 
 def restore(directory: str, dtype: str | None = None, places: Mapping[str, Sharding] | None = None) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def restore(directory: str, dtype: str | None = None, places: Mapping[str, Shard
             items = ocp.args.PyTreeRestore(found, restore_args=jax.tree_util.tree_map_with_path(wanted, found))
             return checkpointer.restore(path, ocp.args.Composite(weights=items)).weights
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{directory}: expected weights written by python -m convert ({_first_line(error)})") from None
+        raise UserError(f"{directory}: expected weights written by python -m convert ({first_line(error)})") from None
 
 
 def stored_arrays(directory: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -243,7 +243,3 @@ def _from_json(kind: str, content: dict) -> Any:
         tower = tuple(ConvSpec(**spec) for spec in content["tower"])
         return SCRFDConfig(backbone, tuple(content["taps"]), content["neck"], tower, content["output_kernel"])
     return CONFIGS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
