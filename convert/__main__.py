@@ -22,7 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from convert import adapters, dit, export, identity, store, verify
+from convert import adapters, dit, export, origin, store, verify
 from convert.lora import parse_strength
 from rfl_jax.config import parse
 from rfl_jax.errors import UserError, refuse_in_one_line
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = _parser().parse_args()
     if args.command == "inspect":
-        identity.show(args.directory)
+        origin.show(args.directory)
     elif args.command == "export":
         _export(args)
     elif args.command == "lora":
@@ -106,12 +106,12 @@ def _convert(args: argparse.Namespace) -> None:
         verify.check_possible(args.command, merged)
     cfg, arrays = store.convert(args.command, files, dtype=args.dtype, loras=merged, **_hints(args.set))
     print(cfg)
-    origin = identity.of_sources(args.src, files, loras, args.dtype)
+    described = origin.of_sources(args.src, files, loras, args.dtype)
     total = sum(array.nbytes for array in arrays.values())
     before = signal.signal(signal.SIGINT, _interrupted)
     with tqdm(total=total, unit="B", unit_scale=True, desc=args.dst, disable=None) as bar:
         try:
-            store.save(args.dst, args.command, cfg, arrays, origin=origin, progress=bar.update)
+            store.save(args.dst, args.command, cfg, arrays, origin=described, progress=bar.update)
         except BaseException:
             _remove_unfinished(args.dst)
             raise
@@ -138,7 +138,7 @@ def _convert_lora(args: argparse.Namespace) -> None:
     if len(files) != 1 or set(settings) - {"preset"}:
         raise UserError("lora: expected one file, and no setting but preset")
     cfg, arrays = adapters.convert(files[0], settings.get("preset", ""))
-    store.save(args.dst, "lora", cfg, arrays, origin=identity.of_sources(args.src, files, [], "float32"))
+    store.save(args.dst, "lora", cfg, arrays, origin=origin.of_sources(args.src, files, [], "float32"))
     print(f"{args.dst}: {len(arrays) // 2} adapted layers of {cfg.preset}, rank {cfg.rank}")
 
 

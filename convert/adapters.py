@@ -7,10 +7,10 @@ from safetensors import SafetensorError, safe_open
 
 from convert import dit, store
 from convert.lora import Lora, adapters
-from convert.mapping import flat_shapes
 from rfl_jax.errors import UserError
 from rfl_jax.models.lora import TARGETS, LoraConfig
 from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.models.weights import flat_shapes
 
 
 def convert(file: str, preset: str = "") -> tuple[LoraConfig, dict[str, np.ndarray]]:

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 from convert.lora import Lora, merge
-from convert.mapping import LazyArray, Rule, Shapes, flat_shapes, lazy_arrays, plan, whole
+from convert.mapping import LazyArray, Rule, Shapes, lazy_arrays, plan, whole
 from convert.readers import Checkpoint
 from rfl_jax.errors import UserError
-from rfl_jax.models.weights import fill
+from rfl_jax.models.weights import fill, flat_shapes
 
 
 @dataclasses.dataclass(frozen=True)

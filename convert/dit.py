@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from convert.component import Component
-from convert.mapping import Rule, Shapes, identity, patchify, squeeze_leading, target_shapes, transpose
+from convert.mapping import Rule, Shapes, patchify, squeeze_leading, target_shapes, transpose, unchanged
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT
@@ -17,14 +17,14 @@ PATCH = (1, 2, 2)
 def _linear(source: str, target: str, *, stacked: bool = False) -> list[Rule]:
     return [
         Rule(rf"{source}\.weight", rf"{target}.kernel", transpose, stacked),
-        Rule(rf"{source}\.bias", rf"{target}.bias", identity, stacked),
+        Rule(rf"{source}\.bias", rf"{target}.bias", unchanged, stacked),
     ]
 
 
 def _norm(source: str, target: str) -> list[Rule]:
     return [
-        Rule(rf"{source}\.weight", rf"{target}.scale", identity, True),
-        Rule(rf"{source}\.bias", rf"{target}.bias", identity, True),
+        Rule(rf"{source}\.weight", rf"{target}.scale", unchanged, True),
+        Rule(rf"{source}\.bias", rf"{target}.bias", unchanged, True),
     ]
 
 
@@ -45,7 +45,7 @@ def _rules(names: dict[str, str], attention: dict[str, str], projections: dict[s
         for projection, name in projections.items():
             rules += _linear(rf"{block}{source}\.{projection}", f"blocks.{target}.{name}", stacked=True)
         for norm in ("norm_q", "norm_k"):
-            rules.append(Rule(rf"{block}{source}\.{norm}\.weight", f"blocks.{target}.{norm}.scale", identity, True))
+            rules.append(Rule(rf"{block}{source}\.{norm}\.weight", f"blocks.{target}.{norm}.scale", unchanged, True))
     return rules
 
 

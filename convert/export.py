@@ -17,7 +17,7 @@ from etils import epath
 from safetensors.numpy import save
 
 from convert import dit, lora, store
-from convert.mapping import Assignment, LazyArray, Rule, identity
+from convert.mapping import Assignment, LazyArray, Rule, unchanged
 from convert.readers import DTYPES, Index
 from rfl_jax.errors import UserError
 from rfl_jax.files import absolute, array_handler, is_remote, write_whole
@@ -223,7 +223,7 @@ def _of_layers(
     shape: Sequence[int], dtype: np.dtype, read: Callable[[Any, Index], np.ndarray], *, stacked: bool
 ) -> LazyArray:
     layers: list[int | None] = list(range(shape[0])) if stacked else [None]
-    parts = [Assignment(str(layer), "", layer, identity) for layer in layers]
+    parts = [Assignment(str(layer), "", layer, unchanged) for layer in layers]
     return LazyArray(parts, shape, lambda key, index: read(... if key == "None" else int(key), index), dtype)
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 from convert.readers import Index
 from rfl_jax.errors import UserError
+from rfl_jax.models.weights import flat_shapes
 
 MOST_NAMED = 12
 
@@ -28,7 +29,7 @@ class Transform:
     source_index: Callable[[Index], Index] | None = None
 
 
-identity = Transform(lambda x: x, lambda x: x, lambda index: index)
+unchanged = Transform(lambda x: x, lambda x: x, lambda index: index)
 # Linear: [out, in] -> [in, out].
 transpose = Transform(lambda x: _axes(x, 2).T, lambda x: x.T, lambda index: index[::-1])
 # Modulation: [1, n, d] -> [n, d].
@@ -72,7 +73,7 @@ class Rule:
 
     pattern: str
     target: str | None
-    transform: Transform = identity
+    transform: Transform = unchanged
     stacked: bool = False
 
     def key(self, layer: int | None) -> str:
@@ -91,12 +92,6 @@ class Assignment:
 
 
 Shapes = Mapping[str, Sequence[int]]
-
-
-def flat_shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """`dotted.path -> shape` of every parameter of a (possibly abstract) module."""
-    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in state}
 
 
 def target_shapes(rules: Sequence[Rule], source: Shapes) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from rfl_jax.files import absolute, array_handler
 from rfl_jax.models.lora import LoraConfig
 from rfl_jax.models.umt5 import UMT5Config
 from rfl_jax.models.wan.config import DiTConfig, VAEConfig
-from rfl_jax.models.weights import fill
+from rfl_jax.models.weights import dotted, fill
 from rfl_jax.rewards.arcface import IResNetConfig
 from rfl_jax.rewards.scrfd import BlockSpec, ConvSpec, PoolSpec, SCRFDConfig
 
@@ -200,7 +200,7 @@ def open_component(
     shardings = None
     if places is not None:
         found = nnx.to_flat_state(places(nnx.state(module, nnx.Param)))
-        shardings = {".".join(map(str, path)): leaf.get_value() for path, leaf in found}
+        shardings = {dotted(path): leaf.get_value() for path, leaf in found}
     if converted:
         arrays = restore(sources[0], weights_dtype, shardings)
         if shardings is None:

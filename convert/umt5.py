@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 from convert.component import Component
-from convert.mapping import Rule, Shapes, identity, target_shapes, transpose
+from convert.mapping import Rule, Shapes, target_shapes, transpose, unchanged
 from rfl_jax.errors import UserError
 from rfl_jax.models.umt5 import UMT5Config, UMT5Encoder
 
@@ -14,10 +14,10 @@ TRANSFORMERS = r"encoder\.block\.(\d+)\.layer\."
 
 
 def _rules(names: dict[str, str]) -> list[Rule]:
-    layout = {"kernel": transpose, "scale": identity, "position_bias": identity}
+    layout = {"kernel": transpose, "scale": unchanged, "position_bias": unchanged}
     return [
         Rule(
-            rf"{source}\.weight", target, layout.get(target.rsplit(".", 1)[-1], identity), target.startswith("blocks.")
+            rf"{source}\.weight", target, layout.get(target.rsplit(".", 1)[-1], unchanged), target.startswith("blocks.")
         )
         for source, target in names.items()
     ]

@@ -14,10 +14,10 @@ from convert.mapping import (
     conv3d,
     flatten_2d,
     flatten_3d,
-    identity,
     pointwise_2d,
     pointwise_3d,
     target_shapes,
+    unchanged,
 )
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import VAE_PRESETS, VAEConfig
@@ -30,7 +30,7 @@ RES_BLOCKS = 2
 def _layer(source: str, target: str, transform: Transform) -> list[Rule]:
     return [
         Rule(rf"{source}\.weight", f"{target}.kernel", transform),
-        Rule(rf"{source}\.bias", f"{target}.bias", identity),
+        Rule(rf"{source}\.bias", f"{target}.bias", unchanged),
     ]
 
 

@@ -23,7 +23,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from convert import adapters, export, store
-from convert.mapping import flat_shapes
 from rfl_jax import hosts
 from rfl_jax.config import Config, parse, takes_image
 from rfl_jax.data.prepare import clip_multiple, open_text_encoder, video_size
@@ -33,7 +32,7 @@ from rfl_jax.errors import UserError
 from rfl_jax.models.lora import TARGETS, add_lora
 from rfl_jax.models.wan.conditioning import first_frame_condition
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
-from rfl_jax.models.weights import fill
+from rfl_jax.models.weights import fill, flat_shapes
 from rfl_jax.sampling.schedule import Phase, experts_at
 from rfl_jax.sampling.solvers import SOLVERS, make_solver
 from rfl_jax.sharding import BATCH, batch_shards, make_mesh, replicated, shardings

@@ -12,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from convert import dit, export, lora, store
 from convert.__main__ import main as convert_main
-from convert.mapping import flat_shapes, unfill, whole
+from convert.mapping import unfill, whole
 from rfl_jax.errors import UserError
 from rfl_jax.miniature.world import ASSETS, DIT_FILES
 from rfl_jax.models.lora import LoraConfig, add_lora
 from rfl_jax.models.wan.config import DiTConfig
-from rfl_jax.models.weights import fill, get_arrays
+from rfl_jax.models.weights import dotted, fill, flat_shapes, get_arrays
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
 from rfl_jax.training.setup import set_up
@@ -45,7 +45,7 @@ def trained(base):
     rng = np.random.default_rng(2)
     model = add_lora(nnx.clone(base), rank=RANK, targets=TARGETS, key=jax.random.key(0))
     state = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
-    return {".".join(map(str, path)): 0.3 * rng.normal(size=x.shape).astype(np.float32) for path, x in state}
+    return {dotted(path): 0.3 * rng.normal(size=x.shape).astype(np.float32) for path, x in state}
 
 
 @pytest.fixture(scope="module")
@@ -361,9 +361,7 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     second, other = (
         set_up(settings(init_lora=str(tmp_path / name)), tmp_path / "second") for name in ("b.safetensors", "folder")
     )
-    flat, same = (
-        {".".join(map(str, p)): x[...] for p, x in nnx.to_flat_state(r.state.params["dit2"])} for r in (second, other)
-    )
+    flat, same = ({dotted(p): x[...] for p, x in nnx.to_flat_state(r.state.params["dit2"])} for r in (second, other))
     assert all(np.array_equal(flat[key], same[key]) for key in flat)
     named = lora.named(
         {k: np.asarray(x) for k, x in flat.items()}, dit.NAMINGS["diffusers"], "transformer.{module}.lora_{half}.weight"
