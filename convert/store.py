@@ -29,6 +29,7 @@ from rfl_jax.rewards.scrfd import BlockSpec, ConvSpec, PoolSpec, SCRFDConfig
 SAFETENSORS = {"dit": dit.COMPONENT, "vae": vae.COMPONENT, "umt5": umt5.COMPONENT}
 ONNX = {"arcface": arcface, "scrfd": scrfd}
 KINDS = (*SAFETENSORS, *ONNX)
+CAST_TO = ("float32", "bfloat16", "float16")  # dtypes that weights can be cast to
 CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "arcface": IResNetConfig, "lora": LoraConfig}
 LAYERS = {kind.__name__: kind for kind in (ConvSpec, PoolSpec, BlockSpec)}
 
