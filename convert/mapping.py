@@ -81,6 +81,24 @@ class Rule:
         return self.pattern.replace(r"(\d+)", str(layer)).replace("\\.", ".")
 
 
+def key_tables(first: str, second: str, rows: Sequence[tuple[str, str, str, Transform]]) -> dict[str, list[Rule]]:
+    """The key maps of two namings from one table.
+
+    Args:
+        first, second: the names of the namings.
+        rows: a tensor each: its key in the first naming and in the second, with `*` for the layer's number; the
+            parameter's path; the change of layout.
+    """
+
+    def rule(key: str, target: str, transform: Transform) -> Rule:
+        return Rule(re.escape(key).replace(r"\*", r"(\d+)"), target, transform, stacked="*" in key)
+
+    return {
+        first: [rule(key, target, transform) for key, _, target, transform in rows],
+        second: [rule(key, target, transform) for _, key, target, transform in rows],
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Assignment:
     """Where one source tensor goes."""
