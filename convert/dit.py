@@ -1,9 +1,6 @@
 """Wan2.2 DiT: original (Wan-Video) and diffusers naming."""
 
 import math
-from typing import Any
-
-from flax import nnx
 
 from convert.component import Component
 from convert.mapping import Shapes, key_tables, patchify, squeeze_leading, target_shapes, transpose, unchanged
@@ -110,17 +107,12 @@ def infer_config(shapes: Shapes, hints: dict) -> DiTConfig:
     )
 
 
-def build(cfg: DiTConfig, **options: Any) -> DiT:
-    """The module of these sizes; `options` are further arguments of its constructor."""
-    return DiT(cfg, **options, rngs=nnx.Rngs(0))
-
-
 COMPONENT = Component(
+    DiT,
     "DiT",
     NAMINGS,
     naming,
     infer_config,
-    build,
     hint_names=("num_heads", "text_len", "eps", "boundary"),
 )
-load = COMPONENT.load
+build, load = COMPONENT.build, COMPONENT.load

@@ -27,7 +27,7 @@ from rfl_jax.rewards.arcface import IResNetConfig
 from rfl_jax.rewards.scrfd import BlockSpec, ConvSpec, PoolSpec, SCRFDConfig
 
 SAFETENSORS = {"dit": dit.COMPONENT, "vae": vae.COMPONENT, "umt5": umt5.COMPONENT}
-ONNX = {"arcface": arcface, "scrfd": scrfd}
+ONNX = {"arcface": arcface.COMPONENT, "scrfd": scrfd.COMPONENT}
 KINDS = (*SAFETENSORS, *ONNX)
 CAST_TO = ("float32", "bfloat16", "float16")  # dtypes that weights can be cast to
 CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "arcface": IResNetConfig, "lora": LoraConfig}
@@ -57,7 +57,7 @@ def convert(
 
 def build(kind: str, cfg: Any, **options: Any) -> nnx.Module:
     """The abstract module of a component."""
-    return nnx.eval_shape(lambda: (SAFETENSORS.get(kind) or ONNX[kind]).build(cfg, **options))
+    return (SAFETENSORS.get(kind) or ONNX[kind]).abstract(cfg, **options)
 
 
 def save(

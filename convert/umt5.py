@@ -1,9 +1,5 @@
 """UMT5 encoder: original (Wan-Video `models_t5_umt5-xxl-enc`) and transformers naming."""
 
-from typing import Any
-
-from flax import nnx
-
 from convert.component import Component
 from convert.mapping import Rule, Shapes, key_tables, target_shapes, transpose, unchanged
 from rfl_jax.errors import UserError
@@ -51,10 +47,5 @@ def infer_config(shapes: Shapes, hints: dict) -> UMT5Config:
     )  # fmt: skip
 
 
-def build(cfg: UMT5Config, **options: Any) -> UMT5Encoder:
-    """The module of these sizes; `options` are further arguments of its constructor."""
-    return UMT5Encoder(cfg, **options, rngs=nnx.Rngs(0))
-
-
-COMPONENT = Component("UMT5", NAMINGS, naming, infer_config, build, hint_names=("max_distance", "eps"))
+COMPONENT = Component(UMT5Encoder, "UMT5", NAMINGS, naming, infer_config, hint_names=("max_distance", "eps"))
 load = COMPONENT.load
