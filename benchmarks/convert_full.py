@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from convert import dit
 from convert.export import Entry, write_safetensors
-from convert.mapping import flat_shapes
 from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.models.weights import flat_shapes
 
 
 def tensors(preset: str, seed: int) -> Iterator[Entry]:

@@ -6,9 +6,9 @@ a folder holds, `export --workdir RUN --dst FILE.safetensors` writes what a run 
 
 import argparse
 import ast
-import json
 import logging as stdlib_logging
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -19,18 +19,15 @@ from typing import Any, NoReturn
 
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from convert import adapters, dit, export, identity, store, verify
-from convert.lora import EXPERT_OPTIONS, parse_strength
-from rfl_jax.config import parse
+from convert import adapters, origin, store, verify
+from convert.lora import parse_strength
 from rfl_jax.errors import UserError, refuse_in_one_line
-from rfl_jax.files import is_remote, write_whole
-from rfl_jax.sources import experts_of, fetch, find_sources
+from rfl_jax.fetch import fetch
+from rfl_jax.files import is_remote
 
 INTERRUPTED = 130
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
             )  # fmt: skip
         if kind == "lora":
             continue
-        one.add_argument("--dtype", choices=DTYPES, help="default: as in the source, bfloat16 for 8-bit weights")
+        one.add_argument("--dtype", choices=store.CAST_TO, help="default: as in the source, bfloat16 for 8-bit weights")
         one.add_argument("--verify", action="store_true", help="compare with ONNX Runtime, or with diffusers")
         if kind == "dit":
             one.add_argument(
@@ -66,27 +63,30 @@ def _parser() -> argparse.ArgumentParser:
             )
     inspect = commands.add_parser("inspect", help="what converted weights are, and where they come from")
     inspect.add_argument("directory")
-    out = commands.add_parser("export", help="what a run trained, for other tools")
-    out.add_argument("--workdir", required=True, help="folder of the run")
-    out.add_argument("--step", default="", help="of the checkpoint, or best; default: the last")
-    out.add_argument("--network", default="", choices=("", "dit", "dit2"), help="needed where both train")
-    out.add_argument("--format", default="diffusers", choices=tuple(export.LORA_FORMATS), help="naming of the layers")
-    out.add_argument("--merged", action="store_true", help="the whole network, adapters merged")
-    out.add_argument("--dtype", choices=DTYPES, help="of merged weights; default: as the network's were")
-    out.add_argument("--dst", required=True, metavar="FILE.safetensors")
+    commands.add_parser("export", help="what a run trained, for other tools")
     return parser
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["export"]:
+        _hand_on_export()
+        return
     args = _parser().parse_args()
     if args.command == "inspect":
-        identity.show(args.directory)
-    elif args.command == "export":
-        _export(args)
+        origin.show(args.directory)
     elif args.command == "lora":
         _convert_lora(args)
     else:
         _convert(args)
+
+
+def _hand_on_export() -> None:
+    """Runs `python -m rfl_jax.export` with the rest of the command line.
+
+    Reading a run needs its configuration, which lies above this library; run by name, the library imports none of it.
+    """
+    del sys.argv[1]
+    runpy.run_module("rfl_jax.export", run_name="__main__", alter_sys=True)
 
 
 def _hints(settings: list[str]) -> dict[str, Any]:
@@ -115,12 +115,12 @@ def _convert(args: argparse.Namespace) -> None:
         args.command, files, dtype=args.dtype, loras=merged, expert=EXPERT_OPTIONS.get(expert, ""), **_hints(args.set)
     )
     print(cfg)
-    origin = identity.of_sources(args.src, files, loras, args.dtype)
+    described = origin.of_sources(args.src, files, loras, args.dtype)
     total = sum(array.nbytes for array in arrays.values())
     before = signal.signal(signal.SIGINT, _interrupted)
     with tqdm(total=total, unit="B", unit_scale=True, desc=args.dst, disable=None) as bar:
         try:
-            store.save(args.dst, args.command, cfg, arrays, origin=origin, progress=bar.update)
+            store.save(args.dst, args.command, cfg, arrays, origin=described, progress=bar.update)
         except BaseException:
             _remove_unfinished(args.dst)
             raise
@@ -146,8 +146,8 @@ def _convert_lora(args: argparse.Namespace) -> None:
     settings = dict(item.partition("=")[::2] for item in args.set)
     if len(files) != 1 or set(settings) - {"preset"}:
         raise UserError("lora: expected one file, and no setting but preset")
-    cfg, arrays = adapters.convert(files[0], settings.get("preset", ""), EXPERT_OPTIONS.get(args.expert, ""))
-    store.save(args.dst, "lora", cfg, arrays, origin=identity.of_sources(args.src, files, [], "float32"))
+    cfg, arrays = adapters.convert(files[0], settings.get("preset", ""))
+    store.save(args.dst, "lora", cfg, arrays, origin=origin.of_sources(args.src, files, [], "float32"))
     print(f"{args.dst}: {len(arrays) // 2} adapted layers of {cfg.preset}, rank {cfg.rank}")
 
 
@@ -164,37 +164,6 @@ def _remove_unfinished(directory: str) -> None:
         if not left:
             break
         time.sleep(0.1)
-
-
-def _export(args: argparse.Namespace) -> None:
-    file = Path(args.dst)
-    if file.suffix != ".safetensors":
-        raise UserError(f"--dst: {args.dst}: expected a name that ends in .safetensors")
-    if file.exists() or file.with_name(f"{file.name}.index.json").exists():
-        raise UserError(f"--dst: {args.dst}: exists already, expected a new file")
-    if args.merged and args.format not in dit.NAMINGS:
-        raise UserError(f"--format: {args.format}: whole weights have the naming {' or '.join(dit.NAMINGS)}")
-    if args.dtype and not args.merged:
-        raise UserError("--dtype: of merged weights only; adapters are float32")
-    trained = export.read_run(epath.Path(args.workdir), args.step, args.network)
-    if not args.merged and not trained.adapted:
-        raise UserError(f"--merged: expected, as the run trained {trained.network} in full")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not args.merged:
-        write_whole(file, export.adapter_file(trained.arrays, args.format, trained.metadata))
-        print(f"{file}: {len(trained.arrays) // 2} adapted layers in {args.format} naming")
-        if args.format == "peft":
-            config = file.with_name("adapter_config.json")
-            write_whole(config, json.dumps(export.adapter_config(trained.arrays), indent=1) + "\n")
-            print(f"{config}")
-        return
-    cfg = parse(ConfigDict(trained.config))
-    sources = find_sources(cfg, experts=experts_of(cfg))
-    _, arrays = export.whole_network(trained, sources.dit if trained.network == "dit" else sources.dit2)
-    tensors = export.entries(arrays, dit.NAMINGS[args.format], args.dtype)
-    with tqdm(total=sum(t.nbytes for t in tensors), unit="B", unit_scale=True, desc=file.name, disable=None) as bar:
-        for written in export.write_safetensors(file, tensors, trained.metadata, bar.update):
-            print(written)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from convert import dit, store
-from convert.lora import Lora, UnfitError, adapters, expert_of
-from convert.mapping import flat_shapes
-from convert.readers import Checkpoint
+from convert.lora import Lora, adapters
 from rfl_jax.errors import UserError
 from rfl_jax.models.lora import TARGETS, LoraConfig
 from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.models.weights import flat_shapes
 
 
 def convert(file: str, preset: str = "", expert: str = "") -> tuple[LoraConfig, dict[str, np.ndarray]]:

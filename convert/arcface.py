@@ -1,16 +1,9 @@
 """ArcFace IResNet from ONNX (antelopev2's glintr100.onnx and its relatives), matched by walking the graph."""
 
-from pathlib import Path
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from convert.mapping import check_filled
+from convert.component import OnnxComponent
 from convert.onnx_graph import Graph, stride
-from rfl_jax.models.weights import fill
 from rfl_jax.rewards.arcface import CROP, IResNet, IResNetConfig
 
 STAGES = 4
@@ -92,24 +85,5 @@ def walk(graph: Graph) -> tuple[IResNetConfig, dict[str, np.ndarray]]:
     return IResNetConfig(tuple(widths), tuple(layers), stem, bias.size), arrays
 
 
-def build(cfg: IResNetConfig, **options: Any) -> IResNet:
-    """The module of these sizes; `options` are further arguments of its constructor."""
-    return IResNet(cfg, **options, rngs=nnx.Rngs(0))
-
-
-def convert(source: Path | str) -> tuple[IResNetConfig, dict[str, np.ndarray]]:
-    """Config and `dotted.path -> array` of an ONNX file."""
-    graph = Graph(Path(source))
-    cfg, arrays = walk(graph)
-    check_filled(nnx.eval_shape(lambda: build(cfg)), arrays, what=str(source))
-    return cfg, arrays
-
-
-def load(source: Path | str) -> IResNet:
-    """The Flax embedder filled with an ONNX file's weights.
-
-    Raises:
-        UserError: not an ONNX file, or naming the first node that is not IResNet's.
-    """
-    cfg, arrays = convert(source)
-    return fill(nnx.eval_shape(lambda: build(cfg)), jax.tree.map(jnp.asarray, arrays))
+COMPONENT = OnnxComponent(IResNet, walk)
+convert, load = COMPONENT.convert, COMPONENT.load

@@ -1,40 +1,91 @@
-"""What the converters share: from source tensors to a filled module, in memory or on disk."""
+"""What the converters share: from the source's tensors or graph to the arrays of a module, and to the filled module."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from convert.lora import Lora, merge
-from convert.mapping import LazyArray, Rule, Shapes, flat_shapes, lazy_arrays, plan, whole
+from convert.mapping import LazyArray, Rule, Shapes, check_filled, lazy_arrays, plan, whole
+from convert.onnx_graph import Graph
 from convert.readers import Checkpoint
 from convert.recognise import looks_like
 from rfl_jax.errors import UserError
-from rfl_jax.models.weights import fill
+from rfl_jax.models.weights import fill, flat_shapes
+
+C = TypeVar("C")
+M = TypeVar("M", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
-class Component:
-    """How one network is recognised, built and filled.
+class Network(Generic[C, M]):
+    """A module that weights are converted for.
 
     Attributes:
+        module: its class, called with a config.
+    """
+
+    module: Callable[..., M]
+
+    def build(self, cfg: C, **options: Any) -> M:
+        """The module of these sizes; `options` are further arguments of its constructor."""
+        return self.module(cfg, **options, rngs=nnx.Rngs(0))
+
+    def abstract(self, cfg: C, **options: Any) -> M:
+        """The module with shapes in place of its weights."""
+        return nnx.eval_shape(lambda: self.build(cfg, **options))
+
+    def filled(self, cfg: C, arrays: Mapping[str, np.ndarray]) -> M:
+        """The module with these weights."""
+        return fill(self.abstract(cfg), {name: jnp.asarray(array) for name, array in arrays.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxComponent(Network[C, M]):
+    """A network that is recognised by the flow of data through an ONNX graph.
+
+    Attributes:
+        walk: config and arrays of a graph.
+    """
+
+    walk: Callable[[Graph], tuple[C, dict[str, np.ndarray]]]
+
+    def convert(self, source: Path | str) -> tuple[C, dict[str, np.ndarray]]:
+        """Config and `dotted.path -> array` of an ONNX file.
+
+        Raises:
+            UserError: not an ONNX file, or naming the first node that is not the network's.
+        """
+        cfg, arrays = self.walk(Graph(Path(source)))
+        check_filled(self.abstract(cfg), arrays, what=str(source))
+        return cfg, arrays
+
+    def load(self, source: Path | str) -> M:
+        """The Flax module filled with an ONNX file's weights; raises as `convert` does."""
+        return self.filled(*self.convert(source))
+
+
+@dataclasses.dataclass(frozen=True)
+class Component(Network[C, M]):
+    """A network that is recognised by the keys and shapes of its checkpoint's tensors.
+
+    Attributes:
+        name: in messages.
         namings: key tables by name.
         naming: picks a table from the source's keys.
         infer_config: sizes from the source's shapes and hints.
-        build: the Flax module of a config (called under eval_shape).
         hint_names: fields of a config.json or `--set` that this component reads.
     """
 
     name: str
     namings: dict[str, list[Rule]]
     naming: Callable[[Shapes], str]
-    infer_config: Callable[[Shapes, dict], object]
-    build: Callable[..., nnx.Module]
+    infer_config: Callable[[Shapes, dict], C]
     hint_names: tuple[str, ...] = ()
 
     def convert(
@@ -45,7 +96,7 @@ class Component:
         loras: Sequence[tuple[str, float]] = (),
         expert: str = "",
         **hints: Any,
-    ) -> tuple[Any, dict[str, LazyArray]]:
+    ) -> tuple[C, dict[str, LazyArray]]:
         """Config and `dotted.path -> array` of a checkpoint. The arrays are checked, but not read yet.
 
         Args:
@@ -68,7 +119,7 @@ class Component:
         try:
             rules = self.namings[self.naming(checkpoint.shapes)]
             cfg = self.infer_config(checkpoint.shapes, {**sidecar(paths[0]), **hints})
-            target = flat_shapes(nnx.eval_shape(lambda: self.build(cfg)))
+            target = flat_shapes(self.abstract(cfg))
             assignments = plan(rules, checkpoint.shapes, target, what=self.name)
         except UserError as error:
             raise UserError(f"{paths[0]}: {error}; {looks_like(checkpoint.shapes)}") from None
@@ -79,11 +130,11 @@ class Component:
         merged = [(Lora(file, self.namings, target, expert), strength) for file, strength in loras]
         return cfg, merge(arrays, merged)
 
-    def describe(self, sources: Sequence[Path | str]) -> Any:
+    def describe(self, sources: Sequence[Path | str]) -> C:
         """The config alone: only headers are read."""
         return self.convert(sources)[0]
 
-    def load(self, source: Path | str | Sequence[Path | str], *, dtype: str | None = None, **hints: Any) -> Any:
+    def load(self, source: Path | str | Sequence[Path | str], *, dtype: str | None = None, **hints: Any) -> M:
         """The Flax module filled with a checkpoint's weights, in memory.
 
         Args:
@@ -93,8 +144,7 @@ class Component:
         """
         sources = [source] if isinstance(source, str | Path) else list(source)
         cfg, arrays = self.convert(sources, dtype=dtype, **hints)
-        filled = {name: jnp.asarray(whole(array)) for name, array in arrays.items()}
-        return fill(nnx.eval_shape(lambda: self.build(cfg)), filled)
+        return self.filled(cfg, {name: whole(array) for name, array in arrays.items()})
 
 
 def sidecar(source: Path) -> dict:

@@ -1,12 +1,9 @@
 """Wan2.2 DiT: original (Wan-Video) and diffusers naming."""
 
 import math
-from typing import Any
-
-from flax import nnx
 
 from convert.component import Component
-from convert.mapping import Rule, Shapes, identity, patchify, squeeze_leading, target_shapes, transpose
+from convert.mapping import Shapes, key_tables, patchify, squeeze_leading, target_shapes, transpose, unchanged
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.models.wan.dit import DiT
@@ -14,77 +11,53 @@ from rfl_jax.models.wan.dit import DiT
 PATCH = (1, 2, 2)
 
 
-def _linear(source: str, target: str, *, stacked: bool = False) -> list[Rule]:
-    return [
-        Rule(rf"{source}\.weight", rf"{target}.kernel", transpose, stacked),
-        Rule(rf"{source}\.bias", rf"{target}.bias", identity, stacked),
-    ]
-
-
-def _norm(source: str, target: str) -> list[Rule]:
-    return [
-        Rule(rf"{source}\.weight", rf"{target}.scale", identity, True),
-        Rule(rf"{source}\.bias", rf"{target}.bias", identity, True),
-    ]
-
-
-def _rules(names: dict[str, str], attention: dict[str, str], projections: dict[str, str]) -> list[Rule]:
-    block = r"blocks\.(\d+)\."
-    rules = [
-        Rule(r"patch_embedding\.weight", "patch_embedding.kernel", patchify(PATCH)),
-        Rule(r"patch_embedding\.bias", "patch_embedding.bias"),
-        Rule(names["head_modulation"], "head_modulation", squeeze_leading),
-        Rule(block + names["modulation"], "blocks.modulation", squeeze_leading, True),
-        *_norm(block + names["norm3"], "blocks.norm3"),
-        *_linear(block + names["ffn.up"], "blocks.ffn.up", stacked=True),
-        *_linear(block + names["ffn.down"], "blocks.ffn.down", stacked=True),
-    ]
-    for target in ("text_in", "text_out", "time_in", "time_out", "time_projection", "head"):
-        rules += _linear(names[target], target)
-    for source, target in attention.items():
-        for projection, name in projections.items():
-            rules += _linear(rf"{block}{source}\.{projection}", f"blocks.{target}.{name}", stacked=True)
-        for norm in ("norm_q", "norm_k"):
-            rules.append(Rule(rf"{block}{source}\.{norm}\.weight", f"blocks.{target}.{norm}.scale", identity, True))
-    return rules
-
-
-NAMINGS: dict[str, list[Rule]] = {
-    "original": _rules(
-        {
-            "head_modulation": r"head\.modulation",
-            "modulation": "modulation",
-            "norm3": "norm3",
-            "ffn.up": r"ffn\.0",
-            "ffn.down": r"ffn\.2",
-            "text_in": r"text_embedding\.0",
-            "text_out": r"text_embedding\.2",
-            "time_in": r"time_embedding\.0",
-            "time_out": r"time_embedding\.2",
-            "time_projection": r"time_projection\.1",
-            "head": r"head\.head",
-        },
-        {"self_attn": "self_attn", "cross_attn": "cross_attn"},
-        {"q": "q", "k": "k", "v": "v", "o": "o"},
-    ),
-    "diffusers": _rules(
-        {
-            "head_modulation": "scale_shift_table",
-            "modulation": "scale_shift_table",
-            "norm3": "norm2",
-            "ffn.up": r"ffn\.net\.0\.proj",
-            "ffn.down": r"ffn\.net\.2",
-            "text_in": r"condition_embedder\.text_embedder\.linear_1",
-            "text_out": r"condition_embedder\.text_embedder\.linear_2",
-            "time_in": r"condition_embedder\.time_embedder\.linear_1",
-            "time_out": r"condition_embedder\.time_embedder\.linear_2",
-            "time_projection": r"condition_embedder\.time_proj",
-            "head": "proj_out",
-        },
-        {"attn1": "self_attn", "attn2": "cross_attn"},
-        {"to_q": "q", "to_k": "k", "to_v": "v", r"to_out\.0": "o"},
-    ),
-}
+# A row a tensor; * is the number of the layer, which becomes the first axis of our array.
+# original name, diffusers name, our name, change of layout
+TENSORS = (
+    ("patch_embedding.weight",            "patch_embedding.weight",                           "patch_embedding.kernel",         patchify(PATCH)),
+    ("patch_embedding.bias",              "patch_embedding.bias",                             "patch_embedding.bias",           unchanged),
+    ("text_embedding.0.weight",           "condition_embedder.text_embedder.linear_1.weight", "text_in.kernel",                 transpose),
+    ("text_embedding.0.bias",             "condition_embedder.text_embedder.linear_1.bias",   "text_in.bias",                   unchanged),
+    ("text_embedding.2.weight",           "condition_embedder.text_embedder.linear_2.weight", "text_out.kernel",                transpose),
+    ("text_embedding.2.bias",             "condition_embedder.text_embedder.linear_2.bias",   "text_out.bias",                  unchanged),
+    ("time_embedding.0.weight",           "condition_embedder.time_embedder.linear_1.weight", "time_in.kernel",                 transpose),
+    ("time_embedding.0.bias",             "condition_embedder.time_embedder.linear_1.bias",   "time_in.bias",                   unchanged),
+    ("time_embedding.2.weight",           "condition_embedder.time_embedder.linear_2.weight", "time_out.kernel",                transpose),
+    ("time_embedding.2.bias",             "condition_embedder.time_embedder.linear_2.bias",   "time_out.bias",                  unchanged),
+    ("time_projection.1.weight",          "condition_embedder.time_proj.weight",              "time_projection.kernel",         transpose),
+    ("time_projection.1.bias",            "condition_embedder.time_proj.bias",                "time_projection.bias",           unchanged),
+    ("head.head.weight",                  "proj_out.weight",                                  "head.kernel",                    transpose),
+    ("head.head.bias",                    "proj_out.bias",                                    "head.bias",                      unchanged),
+    ("head.modulation",                   "scale_shift_table",                                "head_modulation",                squeeze_leading),
+    ("blocks.*.self_attn.q.weight",       "blocks.*.attn1.to_q.weight",                       "blocks.self_attn.q.kernel",      transpose),
+    ("blocks.*.self_attn.q.bias",         "blocks.*.attn1.to_q.bias",                         "blocks.self_attn.q.bias",        unchanged),
+    ("blocks.*.self_attn.k.weight",       "blocks.*.attn1.to_k.weight",                       "blocks.self_attn.k.kernel",      transpose),
+    ("blocks.*.self_attn.k.bias",         "blocks.*.attn1.to_k.bias",                         "blocks.self_attn.k.bias",        unchanged),
+    ("blocks.*.self_attn.v.weight",       "blocks.*.attn1.to_v.weight",                       "blocks.self_attn.v.kernel",      transpose),
+    ("blocks.*.self_attn.v.bias",         "blocks.*.attn1.to_v.bias",                         "blocks.self_attn.v.bias",        unchanged),
+    ("blocks.*.self_attn.o.weight",       "blocks.*.attn1.to_out.0.weight",                   "blocks.self_attn.o.kernel",      transpose),
+    ("blocks.*.self_attn.o.bias",         "blocks.*.attn1.to_out.0.bias",                     "blocks.self_attn.o.bias",        unchanged),
+    ("blocks.*.self_attn.norm_q.weight",  "blocks.*.attn1.norm_q.weight",                     "blocks.self_attn.norm_q.scale",  unchanged),
+    ("blocks.*.self_attn.norm_k.weight",  "blocks.*.attn1.norm_k.weight",                     "blocks.self_attn.norm_k.scale",  unchanged),
+    ("blocks.*.cross_attn.q.weight",      "blocks.*.attn2.to_q.weight",                       "blocks.cross_attn.q.kernel",     transpose),
+    ("blocks.*.cross_attn.q.bias",        "blocks.*.attn2.to_q.bias",                         "blocks.cross_attn.q.bias",       unchanged),
+    ("blocks.*.cross_attn.k.weight",      "blocks.*.attn2.to_k.weight",                       "blocks.cross_attn.k.kernel",     transpose),
+    ("blocks.*.cross_attn.k.bias",        "blocks.*.attn2.to_k.bias",                         "blocks.cross_attn.k.bias",       unchanged),
+    ("blocks.*.cross_attn.v.weight",      "blocks.*.attn2.to_v.weight",                       "blocks.cross_attn.v.kernel",     transpose),
+    ("blocks.*.cross_attn.v.bias",        "blocks.*.attn2.to_v.bias",                         "blocks.cross_attn.v.bias",       unchanged),
+    ("blocks.*.cross_attn.o.weight",      "blocks.*.attn2.to_out.0.weight",                   "blocks.cross_attn.o.kernel",     transpose),
+    ("blocks.*.cross_attn.o.bias",        "blocks.*.attn2.to_out.0.bias",                     "blocks.cross_attn.o.bias",       unchanged),
+    ("blocks.*.cross_attn.norm_q.weight", "blocks.*.attn2.norm_q.weight",                     "blocks.cross_attn.norm_q.scale", unchanged),
+    ("blocks.*.cross_attn.norm_k.weight", "blocks.*.attn2.norm_k.weight",                     "blocks.cross_attn.norm_k.scale", unchanged),
+    ("blocks.*.norm3.weight",             "blocks.*.norm2.weight",                            "blocks.norm3.scale",             unchanged),
+    ("blocks.*.norm3.bias",               "blocks.*.norm2.bias",                              "blocks.norm3.bias",              unchanged),
+    ("blocks.*.ffn.0.weight",             "blocks.*.ffn.net.0.proj.weight",                   "blocks.ffn.up.kernel",           transpose),
+    ("blocks.*.ffn.0.bias",               "blocks.*.ffn.net.0.proj.bias",                     "blocks.ffn.up.bias",             unchanged),
+    ("blocks.*.ffn.2.weight",             "blocks.*.ffn.net.2.weight",                        "blocks.ffn.down.kernel",         transpose),
+    ("blocks.*.ffn.2.bias",               "blocks.*.ffn.net.2.bias",                          "blocks.ffn.down.bias",           unchanged),
+    ("blocks.*.modulation",               "blocks.*.scale_shift_table",                       "blocks.modulation",              squeeze_leading),
+)  # fmt: skip
+NAMINGS = key_tables("original", "diffusers", TENSORS)
 
 
 def naming(shapes: Shapes) -> str:
@@ -134,17 +107,12 @@ def infer_config(shapes: Shapes, hints: dict) -> DiTConfig:
     )
 
 
-def build(cfg: DiTConfig, **options: Any) -> DiT:
-    """The module of these sizes; `options` are further arguments of its constructor."""
-    return DiT(cfg, **options, rngs=nnx.Rngs(0))
-
-
 COMPONENT = Component(
+    DiT,
     "DiT",
     NAMINGS,
     naming,
     infer_config,
-    build,
     hint_names=("num_heads", "text_len", "eps", "boundary"),
 )
-load = COMPONENT.load
+build, load = COMPONENT.build, COMPONENT.load

@@ -1,26 +1,22 @@
 """Trained weights for other tools: adapters in their namings, or whole networks with the adapters merged."""
 
 import dataclasses
-import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
-from etils import epath
 from safetensors.numpy import save
 
 from convert import dit, lora, store
-from convert.mapping import Assignment, LazyArray, Rule, identity
+from convert.mapping import Assignment, LazyArray, Rule, unchanged
 from convert.readers import DTYPES, Index
-from rfl_jax.errors import UserError
-from rfl_jax.files import absolute, array_handler, is_remote, write_whole
+from rfl_jax.files import absolute, is_remote, write_whole
+from rfl_jax.models.lora import is_adapters
 
 # Key table of the layers' names, and how adapters are called.
 LORA_FORMATS = {
@@ -68,144 +64,22 @@ def adapter_config(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a run trained of one network.
-
-    Attributes:
-        network: "dit" or "dit2".
-        arrays: adapters, or all weights.
-        adapted: which of the two.
-        metadata: base model, rank, alpha, step, hash of the configuration, score.
-        config: of the run.
-    """
-
-    network: str
-    arrays: dict[str, np.ndarray]
-    adapted: bool
-    metadata: dict[str, str]
-    config: dict[str, Any]
-
-
-# Where a run keeps the last checkpoints, and the one that its validation judged best.
-CHECKPOINTS, BEST = "checkpoints", "best"
-
-
-def find_checkpoint(workdir: epath.Path, step: str = "") -> epath.Path:
-    """The folder of a run's checkpoint.
+def whole_network(trained: Mapping[str, np.ndarray], files: list[str]) -> tuple[Any, dict[str, LazyArray]]:
+    """Config and arrays of a network with what was trained in it. They are read only as they are written.
 
     Args:
-        workdir: of the run.
-        step: its number, or "best"; the last by default.
-
-    Raises:
-        UserError: no such run or checkpoint.
-    """
-    if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir}: expected the folder of a run, with its config.json")
-    folder = absolute(workdir / (BEST if step == BEST else CHECKPOINTS))
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-    if not steps:
-        why = ": config.eval_every keeps one" if step == BEST else ""
-        raise UserError(f"{workdir}/{folder.name}: holds no checkpoint{why}")
-    number = str(steps[-1]) if step in ("", BEST) else step
-    if not number.isdigit() or int(number) not in steps:
-        raise UserError(
-            f"--step: {workdir} has no checkpoint {step}, expected one of {', '.join(map(str, steps))}, or {BEST}"
-        )
-    return folder / str(int(number))
-
-
-def trained_networks(checkpoint: epath.Path) -> list[str]:
-    """Networks that a checkpoint holds weights or adapters of."""
-    with ocp.Checkpointer(array_handler()) as checkpointer:
-        return sorted(checkpointer.metadata(checkpoint / "state").item_metadata.tree["params"])
-
-
-def read_network(checkpoint: epath.Path, network: str) -> dict[str, np.ndarray]:
-    """What was trained of a network, by our paths. Of the other networks nothing is read."""
-    with ocp.Checkpointer(array_handler()) as checkpointer:
-        tree = checkpointer.metadata(checkpoint / "state").item_metadata.tree
-        wanted = {"params": {network: tree["params"][network]}}
-        restored = checkpointer.restore(
-            checkpoint / "state",
-            ocp.args.PyTreeRestore(
-                wanted,
-                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
-                partial_restore=True,
-            ),
-        )
-    found, _ = jax.tree_util.tree_flatten_with_path(restored["params"][network])
-    names = (jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in found)
-    return dict(zip(names, (array for _, array in found), strict=True))
-
-
-def is_adapters(arrays: Iterable[str]) -> bool:
-    """Whether these are the names of adapters alone."""
-    return all(name.endswith(("lora_a", "lora_b")) for name in arrays)
-
-
-def read_run(workdir: epath.Path, step: str = "", network: str = "") -> Trained:
-    """The trained weights of a run's checkpoint.
-
-    Args:
-        workdir: of the run.
-        step: of the checkpoint, as in `find_checkpoint`.
-        network: "dit" or "dit2"; needed where both train.
-
-    Raises:
-        UserError: no such run, checkpoint or network.
-    """
-    checkpoint = find_checkpoint(workdir, step)
-    text = (workdir / "config.json").read_text()
-    config = json.loads(text)
-    trained = trained_networks(checkpoint)
-    networks = [name for name in trained if name in ("dit", "dit2")]
-    if not networks or (network and network not in networks):
-        raise UserError(f"--network: {network or 'dit'}: the run trained {', '.join(trained)}")
-    if not network and len(networks) > 1:
-        raise UserError(f"--network: the run trained {' and '.join(networks)}, expected one of them")
-    network = network or networks[0]
-    arrays = read_network(checkpoint, network)
-    adapted = is_adapters(arrays)
-    metadata = {
-        "base_model": config["preset"],
-        "network": network,
-        "step": checkpoint.name,
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
-    if adapted:
-        metadata |= {"rank": str(config["lora_rank"]), "alpha": str(config["lora_rank"])}
-    score = _score(workdir, int(checkpoint.name))
-    if score is not None:
-        metadata["face_score"] = f"{score:.6f}"
-    return Trained(network, arrays, adapted, metadata, config)
-
-
-def _score(workdir: epath.Path, step: int) -> float | None:
-    """The reward of a step, from metrics.jsonl."""
-    file = workdir / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line["face_score"] for line in map(json.loads, lines) if line["step"] == step), None)
-
-
-def whole_network(trained: Trained, files: list[str]) -> tuple[Any, dict[str, LazyArray]]:
-    """Config and arrays of the network with what was trained in it, read as they are written.
-
-    Args:
-        trained: of a run.
+        trained: adapters, or all weights, by dotted path.
         files: the network's weights before training.
     """
-    converted = len(files) == 1 and store.is_converted(files[0])
-    if converted:
+    if len(files) == 1 and store.is_converted(files[0]):
         cfg, arrays = store.describe("dit", files), lazy_converted(files[0])
     else:
         cfg, arrays = dit.COMPONENT.convert(files)
-    if not trained.adapted:
-        return cfg, {name: _replaced(array, trained.arrays[name]) for name, array in arrays.items()}
+    if not is_adapters(trained):
+        return cfg, {name: _replaced(array, trained[name]) for name, array in arrays.items()}
     added: dict[str, dict[int | None, list[Callable[[Index], np.ndarray]]]] = {}
-    for name in (n for n in trained.arrays if n.endswith("lora_a")):
-        a, b = trained.arrays[name], trained.arrays[name[:-1] + "b"]
+    for name in (n for n in trained if n.endswith("lora_a")):
+        a, b = trained[name], trained[name[:-1] + "b"]
         for layer in range(a.shape[0]):
 
             def part(index: Index, a: np.ndarray = a[layer], b: np.ndarray = b[layer]) -> np.ndarray:
@@ -223,7 +97,7 @@ def _of_layers(
     shape: Sequence[int], dtype: np.dtype, read: Callable[[Any, Index], np.ndarray], *, stacked: bool
 ) -> LazyArray:
     layers: list[int | None] = list(range(shape[0])) if stacked else [None]
-    parts = [Assignment(str(layer), "", layer, identity) for layer in layers]
+    parts = [Assignment(str(layer), "", layer, unchanged) for layer in layers]
     return LazyArray(parts, shape, lambda key, index: read(... if key == "None" else int(key), index), dtype)
 
 

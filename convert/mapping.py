@@ -11,6 +11,7 @@ from flax import nnx
 
 from convert.readers import Index, is_finite
 from rfl_jax.errors import UserError
+from rfl_jax.models.weights import flat_shapes
 
 MOST_NAMED = 12
 
@@ -29,7 +30,7 @@ class Transform:
     source_index: Callable[[Index], Index] | None = None
 
 
-identity = Transform(lambda x: x, lambda x: x, lambda index: index)
+unchanged = Transform(lambda x: x, lambda x: x, lambda index: index)
 # Linear: [out, in] -> [in, out].
 transpose = Transform(lambda x: _axes(x, 2).T, lambda x: x.T, lambda index: index[::-1])
 # Modulation: [1, n, d] -> [n, d].
@@ -73,12 +74,30 @@ class Rule:
 
     pattern: str
     target: str | None
-    transform: Transform = identity
+    transform: Transform = unchanged
     stacked: bool = False
 
     def key(self, layer: int | None) -> str:
         """The source key."""
         return self.pattern.replace(r"(\d+)", str(layer)).replace("\\.", ".")
+
+
+def key_tables(first: str, second: str, rows: Sequence[tuple[str, str, str, Transform]]) -> dict[str, list[Rule]]:
+    """The key maps of two namings from one table.
+
+    Args:
+        first, second: the names of the namings.
+        rows: a tensor each: its key in the first naming and in the second, with `*` for the layer's number; the
+            parameter's path; the change of layout.
+    """
+
+    def rule(key: str, target: str, transform: Transform) -> Rule:
+        return Rule(re.escape(key).replace(r"\*", r"(\d+)"), target, transform, stacked="*" in key)
+
+    return {
+        first: [rule(key, target, transform) for key, _, target, transform in rows],
+        second: [rule(key, target, transform) for _, key, target, transform in rows],
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +111,6 @@ class Assignment:
 
 
 Shapes = Mapping[str, Sequence[int]]
-
-
-def flat_shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """`dotted.path -> shape` of every parameter of a (possibly abstract) module."""
-    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in state}
 
 
 def target_shapes(rules: Sequence[Rule], source: Shapes) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rfl_jax.errors import UserError
+from rfl_jax.files import PICKLES
 
 # Floating-point only: there are no other weights in these networks.
 DTYPES = {
@@ -27,23 +28,9 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-# An adapter's alpha is a number that some tools store as a whole one.
-ALPHA_DTYPES = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16)}
-PICKLES = (".pth", ".pt", ".ckpt", ".bin")
-# How files begin that are something else than their name says, or nothing that is read here.
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
-FOREIGN_STARTS = {
-    b"GGUF": "is a GGUF file, which is not read: expected this network's safetensors or PyTorch file, as its authors,"
-    " diffusers or ComfyUI publish it",
-    b"version https://git-lfs": "is a Git LFS pointer: expected the file that it stands for (git lfs pull)",
-}
-# What a trainer leaves beside the weights.
-LEFTOVERS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
-# What tools put before every key: taken off as often as all keys have it.
-PREFIXES = ("model.", "diffusion_model.", "module.", "pipe.", "dit.", "transformer.")
-# What PyTorch puts inside a key where it wraps a module.
-WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Names of an 8-bit weight's scale, in place of its "weight".
+# What some tools put before every key of the DiT.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# Names of an 8-bit weight's scale, in place of its "weight", and of what else comes with it.
 SCALES = ("scale_weight", "weight_scale")
 # Last parts of keys that are no weights: what else comes with 8-bit weights, a tokenizer, counters of a training.
 NOT_WEIGHTS = {

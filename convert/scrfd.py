@@ -1,16 +1,9 @@
 """SCRFD from ONNX (antelopev2's scrfd_10g_bnkps.onnx and its relatives), matched by walking the graph."""
 
-from pathlib import Path
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from convert.mapping import check_filled
+from convert.component import OnnxComponent
 from convert.onnx_graph import Graph, Node, stride
-from rfl_jax.models.weights import fill
 from rfl_jax.rewards.scrfd import (
     ANCHORS,
     KEYPOINTS,
@@ -216,24 +209,5 @@ def walk(graph: Graph) -> tuple[SCRFDConfig, dict[str, np.ndarray]]:
     return SCRFDConfig(tuple(layers), (taps[0], taps[1], taps[2]), neck, tower, kernel), steps.arrays
 
 
-def build(cfg: SCRFDConfig, **options: Any) -> SCRFD:
-    """The module of these sizes; `options` are further arguments of its constructor."""
-    return SCRFD(cfg, **options, rngs=nnx.Rngs(0))
-
-
-def convert(source: Path | str) -> tuple[SCRFDConfig, dict[str, np.ndarray]]:
-    """Config and `dotted.path -> array` of an ONNX file."""
-    graph = Graph(Path(source))
-    cfg, arrays = walk(graph)
-    check_filled(nnx.eval_shape(lambda: build(cfg)), arrays, what=str(source))
-    return cfg, arrays
-
-
-def load(source: Path | str) -> SCRFD:
-    """The Flax detector filled with an ONNX file's weights.
-
-    Raises:
-        UserError: not an ONNX file, or naming the first node that is not SCRFD's.
-    """
-    cfg, arrays = convert(source)
-    return fill(nnx.eval_shape(lambda: build(cfg)), jax.tree.map(jnp.asarray, arrays))
+COMPONENT = OnnxComponent(SCRFD, walk)
+convert, load = COMPONENT.convert, COMPONENT.load

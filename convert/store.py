@@ -16,19 +16,20 @@ from jax.sharding import Sharding
 
 from convert import arcface, dit, scrfd, umt5, vae
 from convert.mapping import LazyArray, whole
-from convert.streaming import failures_once, streaming_handler
-from rfl_jax.errors import UserError
+from convert.streaming import streaming_handler
+from rfl_jax.errors import UserError, first_line
 from rfl_jax.files import absolute, array_handler
 from rfl_jax.models.lora import LoraConfig
 from rfl_jax.models.umt5 import UMT5Config
 from rfl_jax.models.wan.config import DiTConfig, VAEConfig
-from rfl_jax.models.weights import fill
+from rfl_jax.models.weights import dotted, fill
 from rfl_jax.rewards.arcface import IResNetConfig
 from rfl_jax.rewards.scrfd import BlockSpec, ConvSpec, PoolSpec, SCRFDConfig
 
 SAFETENSORS = {"dit": dit.COMPONENT, "vae": vae.COMPONENT, "umt5": umt5.COMPONENT}
-ONNX = {"arcface": arcface, "scrfd": scrfd}
+ONNX = {"arcface": arcface.COMPONENT, "scrfd": scrfd.COMPONENT}
 KINDS = (*SAFETENSORS, *ONNX)
+CAST_TO = ("float32", "bfloat16", "float16")  # dtypes that weights can be cast to
 CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "arcface": IResNetConfig, "lora": LoraConfig}
 LAYERS = {kind.__name__: kind for kind in (ConvSpec, PoolSpec, BlockSpec)}
 
@@ -63,7 +64,7 @@ def convert(
 
 def build(kind: str, cfg: Any, **options: Any) -> nnx.Module:
     """The abstract module of a component."""
-    return nnx.eval_shape(lambda: (SAFETENSORS.get(kind) or ONNX[kind]).build(cfg, **options))
+    return (SAFETENSORS.get(kind) or ONNX[kind]).abstract(cfg, **options)
 
 
 def save(
@@ -125,7 +126,7 @@ def read_description(directory: str) -> dict[str, Any]:
             "cfg": _from_json(content["component"], content["config"])
         }
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{directory}: expected weights written by python -m convert ({_first_line(error)})") from None
+        raise UserError(f"{directory}: expected weights written by python -m convert ({first_line(error)})") from None
 
 
 def restore(directory: str, dtype: str | None = None, places: Mapping[str, Sharding] | None = None) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def restore(directory: str, dtype: str | None = None, places: Mapping[str, Shard
             items = ocp.args.PyTreeRestore(found, restore_args=jax.tree_util.tree_map_with_path(wanted, found))
             return checkpointer.restore(path, ocp.args.Composite(weights=items)).weights
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{directory}: expected weights written by python -m convert ({_first_line(error)})") from None
+        raise UserError(f"{directory}: expected weights written by python -m convert ({first_line(error)})") from None
 
 
 def stored_arrays(directory: str) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -207,7 +208,7 @@ def open_component(
     shardings = None
     if places is not None:
         found = nnx.to_flat_state(places(nnx.state(module, nnx.Param)))
-        shardings = {".".join(map(str, path)): leaf.get_value() for path, leaf in found}
+        shardings = {dotted(path): leaf.get_value() for path, leaf in found}
     if converted:
         arrays = restore(sources[0], weights_dtype, shardings)
         if shardings is None:
@@ -250,7 +251,3 @@ def _from_json(kind: str, content: dict) -> Any:
         tower = tuple(ConvSpec(**spec) for spec in content["tower"])
         return SCRFDConfig(backbone, tuple(content["taps"]), content["neck"], tower, content["output_kernel"])
     return CONFIGS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

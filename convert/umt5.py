@@ -1,63 +1,33 @@
 """UMT5 encoder: original (Wan-Video `models_t5_umt5-xxl-enc`) and transformers naming."""
 
-from typing import Any
-
-from flax import nnx
-
 from convert.component import Component
-from convert.mapping import Rule, Shapes, identity, target_shapes, transpose
+from convert.mapping import Rule, Shapes, key_tables, target_shapes, transpose, unchanged
 from rfl_jax.errors import UserError
 from rfl_jax.models.umt5 import UMT5Config, UMT5Encoder
 
-ORIGINAL = r"blocks\.(\d+)\."
-TRANSFORMERS = r"encoder\.block\.(\d+)\.layer\."
-
-
-def _rules(names: dict[str, str]) -> list[Rule]:
-    layout = {"kernel": transpose, "scale": identity, "position_bias": identity}
-    return [
-        Rule(
-            rf"{source}\.weight", target, layout.get(target.rsplit(".", 1)[-1], identity), target.startswith("blocks.")
-        )
-        for source, target in names.items()
-    ]
-
-
-NAMINGS: dict[str, list[Rule]] = {
-    "original": _rules(
-        {
-            "token_embedding": "embedding",
-            "norm": "norm.scale",
-            ORIGINAL + "norm1": "blocks.norm1.scale",
-            ORIGINAL + "norm2": "blocks.norm2.scale",
-            **{rf"{ORIGINAL}attn\.{p}": f"blocks.attn.{p}.kernel" for p in "qkvo"},
-            ORIGINAL + r"ffn\.gate\.0": "blocks.gate.kernel",
-            ORIGINAL + r"ffn\.fc1": "blocks.up.kernel",
-            ORIGINAL + r"ffn\.fc2": "blocks.down.kernel",
-            ORIGINAL + r"pos_embedding\.embedding": "blocks.position_bias",
-        }
-    ),
-    "transformers": [
-        *_rules(
-            {
-                "shared": "embedding",
-                r"encoder\.final_layer_norm": "norm.scale",
-                TRANSFORMERS + r"0\.layer_norm": "blocks.norm1.scale",
-                TRANSFORMERS + r"1\.layer_norm": "blocks.norm2.scale",
-                **{rf"{TRANSFORMERS}0\.SelfAttention\.{p}": f"blocks.attn.{p}.kernel" for p in "qkvo"},
-                TRANSFORMERS + r"1\.DenseReluDense\.wi_0": "blocks.gate.kernel",
-                TRANSFORMERS + r"1\.DenseReluDense\.wi_1": "blocks.up.kernel",
-                TRANSFORMERS + r"1\.DenseReluDense\.wo": "blocks.down.kernel",
-                TRANSFORMERS + r"0\.SelfAttention\.relative_attention_bias": "blocks.position_bias",
-            }
-        ),
-        # The same tensor as `shared` under its other name.
-        Rule(r"encoder\.embed_tokens\.weight", None),
-    ],
-}
+# A row a tensor; * is the number of the layer, which becomes the first axis of our array.
+# original name, transformers name, our name, change of layout
+TENSORS = (
+    ("token_embedding.weight",                  "shared.weight",                                                        "embedding",            unchanged),
+    ("norm.weight",                             "encoder.final_layer_norm.weight",                                      "norm.scale",           unchanged),
+    ("blocks.*.norm1.weight",                   "encoder.block.*.layer.0.layer_norm.weight",                            "blocks.norm1.scale",   unchanged),
+    ("blocks.*.attn.q.weight",                  "encoder.block.*.layer.0.SelfAttention.q.weight",                       "blocks.attn.q.kernel", transpose),
+    ("blocks.*.attn.k.weight",                  "encoder.block.*.layer.0.SelfAttention.k.weight",                       "blocks.attn.k.kernel", transpose),
+    ("blocks.*.attn.v.weight",                  "encoder.block.*.layer.0.SelfAttention.v.weight",                       "blocks.attn.v.kernel", transpose),
+    ("blocks.*.attn.o.weight",                  "encoder.block.*.layer.0.SelfAttention.o.weight",                       "blocks.attn.o.kernel", transpose),
+    ("blocks.*.pos_embedding.embedding.weight", "encoder.block.*.layer.0.SelfAttention.relative_attention_bias.weight", "blocks.position_bias", unchanged),
+    ("blocks.*.norm2.weight",                   "encoder.block.*.layer.1.layer_norm.weight",                            "blocks.norm2.scale",   unchanged),
+    ("blocks.*.ffn.gate.0.weight",              "encoder.block.*.layer.1.DenseReluDense.wi_0.weight",                   "blocks.gate.kernel",   transpose),
+    ("blocks.*.ffn.fc1.weight",                 "encoder.block.*.layer.1.DenseReluDense.wi_1.weight",                   "blocks.up.kernel",     transpose),
+    ("blocks.*.ffn.fc2.weight",                 "encoder.block.*.layer.1.DenseReluDense.wo.weight",                     "blocks.down.kernel",   transpose),
+)  # fmt: skip
+NAMINGS = key_tables("original", "transformers", TENSORS)
+# The same tensor as `shared` under its other name.
+NAMINGS["transformers"].append(Rule(r"encoder\.embed_tokens\.weight", None))
 
 
 def naming(shapes: Shapes) -> str:
+    """Which table the keys belong to."""
     return "transformers" if any(key.startswith("encoder.block.") for key in shapes) else "original"
 
 
@@ -77,10 +47,5 @@ def infer_config(shapes: Shapes, hints: dict) -> UMT5Config:
     )  # fmt: skip
 
 
-def build(cfg: UMT5Config, **options: Any) -> UMT5Encoder:
-    """The module of these sizes; `options` are further arguments of its constructor."""
-    return UMT5Encoder(cfg, **options, rngs=nnx.Rngs(0))
-
-
-COMPONENT = Component("UMT5", NAMINGS, naming, infer_config, build, hint_names=("max_distance", "eps"))
+COMPONENT = Component(UMT5Encoder, "UMT5", NAMINGS, naming, infer_config, hint_names=("max_distance", "eps"))
 load = COMPONENT.load

@@ -1,9 +1,6 @@
 """Wan2.1 and Wan2.2 VAE: original (Wan-Video) and diffusers naming."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from flax import nnx
 
 from convert.component import Component
 from convert.mapping import (
@@ -14,10 +11,10 @@ from convert.mapping import (
     conv3d,
     flatten_2d,
     flatten_3d,
-    identity,
     pointwise_2d,
     pointwise_3d,
     target_shapes,
+    unchanged,
 )
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import VAE_PRESETS, VAEConfig
@@ -30,7 +27,7 @@ RES_BLOCKS = 2
 def _layer(source: str, target: str, transform: Transform) -> list[Rule]:
     return [
         Rule(rf"{source}\.weight", f"{target}.kernel", transform),
-        Rule(rf"{source}\.bias", f"{target}.bias", identity),
+        Rule(rf"{source}\.bias", f"{target}.bias", unchanged),
     ]
 
 
@@ -188,10 +185,5 @@ def infer_config(shapes: Shapes, hints: dict) -> VAEConfig:
     return VAEConfig(preset.version, dim, decoder_dim, z_dim, tuple(mean), tuple(std))
 
 
-def build(cfg: VAEConfig, **options: Any) -> VAE:
-    """The module of these sizes; `options` are further arguments of its constructor."""
-    return VAE(cfg, **options, rngs=nnx.Rngs(0))
-
-
-COMPONENT = Component("VAE", NAMINGS, naming, infer_config, build, hint_names=("latents_mean", "latents_std"))
+COMPONENT = Component(VAE, "VAE", NAMINGS, naming, infer_config, hint_names=("latents_mean", "latents_std"))
 load = COMPONENT.load

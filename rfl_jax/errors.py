@@ -25,3 +25,8 @@ def refuse_in_one_line(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type where it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,6 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from convert.export import BEST, find_checkpoint
 from rfl_jax import cli
 from rfl_jax.config import parse
 from rfl_jax.data.videos import write_video
@@ -23,6 +22,7 @@ from rfl_jax.evaluation.plots import bar_figure, drift_figure, png
 from rfl_jax.evaluation.statistics import compare
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
+from rfl_jax.runs import BEST, RunFolder, find_checkpoint
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.setup import Setup, set_up
 from rfl_jax.training.state import TrainState
@@ -127,7 +127,7 @@ def main() -> None:
     cfg = parse(ConfigDict(values))
     if not cfg.eval.file_name:
         raise UserError("--data: expected a csv of held-out clips, as the run's config names none")
-    checkpoint = find_checkpoint(workdir, _STEP.value)
+    checkpoint = find_checkpoint(RunFolder(workdir), _STEP.value)
     run = set_up(cfg, workdir)
     checkpoints = Checkpoints(workdir / checkpoint.parent.name)
     state, _, _ = checkpoints.restore(int(checkpoint.name), run.state)

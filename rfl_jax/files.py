@@ -6,6 +6,9 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 from etils import epath
 
+# Endings of the files that PyTorch pickles.
+PICKLES = (".pth", ".pt", ".ckpt")
+
 
 def is_remote(path: Path | epath.Path) -> bool:
     """Whether it lies in a bucket."""

@@ -22,18 +22,18 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from convert import adapters, export, store
-from convert.mapping import flat_shapes
+from convert import adapters, store
 from rfl_jax import hosts
 from rfl_jax.config import Config, parse, takes_image
 from rfl_jax.data.prepare import clip_multiple, open_text_encoder, video_size
 from rfl_jax.data.text import PromptTokenizer
 from rfl_jax.data.videos import fit_frame, frame_size, read_image, to_uint8
 from rfl_jax.errors import UserError
-from rfl_jax.models.lora import TARGETS, add_lora
+from rfl_jax.models.lora import TARGETS, add_lora, is_adapters
 from rfl_jax.models.wan.conditioning import first_frame_condition
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
-from rfl_jax.models.weights import fill
+from rfl_jax.models.weights import fill, flat_shapes
+from rfl_jax.runs import RunFolder, find_checkpoint, read_network, trained_networks
 from rfl_jax.sampling.schedule import Phase, experts_at
 from rfl_jax.sampling.solvers import SOLVERS, make_solver
 from rfl_jax.sharding import BATCH, batch_shards, make_mesh, replicated, shardings
@@ -395,8 +395,8 @@ def read_trained(cfg: Config, source: str, step: str = "") -> dict[str, dict[str
             raise UserError("--step: expected a run in --lora")
         return {}
     if "=" not in source and (epath.Path(source) / "config.json").exists() and not store.is_converted(source):
-        checkpoint = export.find_checkpoint(epath.Path(source), step)
-        return {name: export.read_network(checkpoint, name) for name in export.trained_networks(checkpoint)}
+        checkpoint = find_checkpoint(RunFolder(epath.Path(source)), step)
+        return {name: read_network(checkpoint, name) for name in trained_networks(checkpoint)}
     if step:
         raise UserError(f"--step: {source} is no run, whose checkpoint could be chosen")
     experts = ("dit", "dit2")[: experts_of(cfg)]
@@ -420,7 +420,7 @@ def replace_arrays(module: Any, arrays: dict[str, np.ndarray]) -> Any:
     """
     if not arrays:
         return module
-    if export.is_adapters(arrays):
+    if is_adapters(arrays):
         layers = {name.rsplit(".", 1)[0] for name in arrays}
         targets = [target for target, ours in TARGETS.items() if any(n.endswith(f".{ours}") for n in layers)]
         rank = next(x.shape[-1] for name, x in arrays.items() if name.endswith("lora_a"))

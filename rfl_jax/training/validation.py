@@ -7,12 +7,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from convert.export import BEST
 from rfl_jax.config import EvalSection
 from rfl_jax.evaluation.figures import means
 from rfl_jax.evaluation.held_out import HeldOut, untrained
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
+from rfl_jax.runs import BEST
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.setup import Setup
 from rfl_jax.training.state import States, TrainState

@@ -118,7 +118,7 @@ def test_a_broken_download_goes_on_where_it_broke(hub):
     data = b"".join(hashlib.sha256(bytes([i % 256, i // 256])).digest() for i in range(1 << 16)) * 12
     Hub.files["big.safetensors"] = data
     Hub.breaks = [15_000_000]
-    script = f"from rfl_jax.sources import fetch\nprint(fetch('hub:{REPOSITORY}:big*')[0])"
+    script = f"from rfl_jax.fetch import fetch\nprint(fetch('hub:{REPOSITORY}:big*')[0])"
     done = subprocess.run(
         [sys.executable, "-c", script], env=hub, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )

@@ -1,7 +1,10 @@
 """Adapters in every naming that circulates, merged and exported: other libraries compute the same with them."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,18 +15,20 @@ from safetensors.numpy import load_file, save_file
 
 from convert import dit, export, lora, store
 from convert.__main__ import main as convert_main
-from convert.mapping import flat_shapes, unfill, whole
+from convert.mapping import unfill, whole
 from rfl_jax.errors import UserError
+from rfl_jax.export import main as export_main
 from rfl_jax.miniature.world import ASSETS, DIT_FILES
 from rfl_jax.models.lora import LoraConfig, add_lora
 from rfl_jax.models.wan.config import DiTConfig
-from rfl_jax.models.weights import fill, get_arrays
+from rfl_jax.models.weights import dotted, fill, flat_shapes, get_arrays
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
 from rfl_jax.training.setup import set_up
 from tests.golden import relative
 from tests.runs import use_devices
 
+ROOT = Path(__file__).parents[2]
 CFG = DiTConfig(
     in_dim=20, out_dim=8, dim=48, ffn_dim=56, num_heads=2, num_layers=2, freq_dim=32, text_dim=24, text_len=10
 )
@@ -45,7 +50,7 @@ def trained(base):
     rng = np.random.default_rng(2)
     model = add_lora(nnx.clone(base), rank=RANK, targets=TARGETS, key=jax.random.key(0))
     state = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
-    return {".".join(map(str, path)): 0.3 * rng.normal(size=x.shape).astype(np.float32) for path, x in state}
+    return {dotted(path): 0.3 * rng.normal(size=x.shape).astype(np.float32) for path, x in state}
 
 
 @pytest.fixture(scope="module")
@@ -267,17 +272,17 @@ def test_peft_loads_the_export(base, trained, source, tmp_path):
 
 def test_merged_exports_are_the_network_with_its_adapters(base, trained, source, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
-    run = export.Trained("dit", trained, adapted=True, metadata={"step": "7"}, config={})
+    metadata = {"step": "7"}
     want = adapted(base, trained)(*inputs())
     converted = tmp_path / "converted"
     cfg, arrays = store.convert("dit", [str(source / "original.safetensors")], **HINTS)
     store.save(str(converted), "dit", cfg, arrays)
     for naming, start in (("original", str(converted)), ("diffusers", str(source / "diffusers.safetensors"))):
-        _, merged = export.whole_network(run, [start])
+        _, merged = export.whole_network(trained, [start])
         tensors = export.entries(merged, dit.NAMINGS[naming])
-        (file,) = export.write_safetensors(tmp_path / f"{naming}.safetensors", tensors, run.metadata)
+        (file,) = export.write_safetensors(tmp_path / f"{naming}.safetensors", tensors, metadata)
         with safe_open(file, framework="numpy") as opened:
-            assert opened.metadata() == {"step": "7"}
+            assert opened.metadata() == metadata
         again = dit.load(file, **HINTS)
         assert relative(again(*inputs()), want) < 1e-5
     model = theirs(source)
@@ -287,7 +292,7 @@ def test_merged_exports_are_the_network_with_its_adapters(base, trained, source,
 
     # Large ones come as shards with an index.
     monkeypatch.setattr(export, "SHARD_BYTES", 60_000)
-    files = export.write_safetensors(tmp_path / "sharded.safetensors", tensors, run.metadata)
+    files = export.write_safetensors(tmp_path / "sharded.safetensors", tensors, metadata)
     assert len(files) > 3
     assert files[-1].name == "sharded.safetensors.index.json"
     index = json.loads(files[-1].read_text())
@@ -296,9 +301,15 @@ def test_merged_exports_are_the_network_with_its_adapters(base, trained, source,
     assert all(file.stat().st_size < 80_000 for file in files)
 
 
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-    convert_main()
+def command(monkeypatch, main, *arguments):
+    monkeypatch.setattr(sys, "argv", ["a command", *map(str, arguments)])
+    main()
+
+
+def convert(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "convert", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_path):
@@ -308,7 +319,7 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     state = train(run, tmp_path / "first").state
 
     def export_first(*arguments):
-        command(monkeypatch, "export", "--workdir", tmp_path / "first", *arguments)
+        command(monkeypatch, export_main, "--workdir", tmp_path / "first", *arguments)
 
     (automatic,) = export_adapters(run, state, tmp_path / "first")
     export_first("--format", "original", "--dst", tmp_path / "a.safetensors")
@@ -328,6 +339,15 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     assert not np.array_equal(
         earlier["transformer.blocks.0.attn1.to_q.lora_B.weight"], exported["blocks.0.self_attn.q.lora_B.weight"]
     )
+    # The converter has the same command, which refuses in the same way.
+    arguments = ("export", "--workdir", tmp_path / "first", "--step", 1, "--dst", tmp_path / "again.safetensors")
+    done, again = convert(*arguments), convert(*arguments)
+    assert done.returncode == 0, done.stderr
+    same = load_file(tmp_path / "again.safetensors")
+    assert same.keys() == earlier.keys()
+    assert all(np.array_equal(same[key], earlier[key]) for key in earlier)
+    assert again.returncode == 2
+    assert again.stderr == f"export: --dst: {arguments[-1]}: exists already, expected a new file\n"
     export_first("--format", "peft", "--dst", tmp_path / "p" / "c.safetensors")
     assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["r"] == 4
 
@@ -352,14 +372,12 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     assert not (tmp_path / "x.safetensors").exists()
 
     # What was exported is where another run begins, as a file or converted.
-    command(monkeypatch, "lora", "--src", tmp_path / "b.safetensors", "--dst", tmp_path / "folder")
+    command(monkeypatch, convert_main, "lora", "--src", tmp_path / "b.safetensors", "--dst", tmp_path / "folder")
     assert store.describe("lora", [str(tmp_path / "folder")]) == LoraConfig("mini", 4)
     second, other = (
         set_up(settings(init_lora=str(tmp_path / name)), tmp_path / "second") for name in ("b.safetensors", "folder")
     )
-    flat, same = (
-        {".".join(map(str, p)): x[...] for p, x in nnx.to_flat_state(r.state.params["dit2"])} for r in (second, other)
-    )
+    flat, same = ({dotted(p): x[...] for p, x in nnx.to_flat_state(r.state.params["dit2"])} for r in (second, other))
     assert all(np.array_equal(flat[key], same[key]) for key in flat)
     named = lora.named(
         {k: np.asarray(x) for k, x in flat.items()}, dit.NAMINGS["diffusers"], "transformer.{module}.lora_{half}.weight"

@@ -9,9 +9,9 @@ from safetensors.numpy import save_file
 
 from convert import dit, umt5, vae
 from convert.export import entries
-from convert.mapping import flat_shapes, lazy_arrays, plan, unfill, whole
+from convert.mapping import lazy_arrays, plan, unfill, whole
 from rfl_jax.errors import UserError
-from rfl_jax.models.weights import get_arrays
+from rfl_jax.models.weights import dotted, flat_shapes, get_arrays
 from tests.golden import ROOT, needs_golden
 
 MANIFESTS = {
@@ -65,7 +65,7 @@ def random_dit(**sizes):
 
 def test_unfill_inverts_fill():
     state, target = random_dit()
-    arrays = {".".join(map(str, k)): np.asarray(v[...]) for k, v in nnx.to_flat_state(state)}
+    arrays = {dotted(k): np.asarray(v[...]) for k, v in nnx.to_flat_state(state)}
     for rules in dit.NAMINGS.values():
         source = unfill(rules, arrays)
         assignments = plan(rules, {k: v.shape for k, v in source.items()}, target, what="")
@@ -85,7 +85,7 @@ def test_unfill_inverts_fill():
 
 def test_all_problems_are_named_at_once():
     state, target = random_dit()
-    arrays = {".".join(map(str, k)): np.asarray(v[...]) for k, v in nnx.to_flat_state(state)}
+    arrays = {dotted(k): np.asarray(v[...]) for k, v in nnx.to_flat_state(state)}
     shapes = {k: v.shape for k, v in unfill(dit.NAMINGS["original"], arrays).items()}
     del shapes["blocks.1.ffn.0.bias"]
     shapes["extra.weight"] = (3,)
@@ -100,7 +100,7 @@ def test_all_problems_are_named_at_once():
 
 def test_shards_with_an_index_equal_one_file(tmp_path):
     state, _ = random_dit()
-    arrays = {".".join(map(str, k)): np.asarray(v[...]) for k, v in nnx.to_flat_state(state)}
+    arrays = {dotted(k): np.asarray(v[...]) for k, v in nnx.to_flat_state(state)}
     source = unfill(dit.NAMINGS["original"], arrays)
     keys = sorted(source)
     parts = {"a.safetensors": keys[: len(keys) // 2], "b.safetensors": keys[len(keys) // 2 :]}

@@ -1,4 +1,4 @@
-"""Orbax weights: written piece by piece, read by the pieces that a mesh needs, and their identity."""
+"""Orbax weights: written piece by piece, read by the pieces that a mesh needs, and where they come from."""
 
 import os
 import signal

@@ -8,8 +8,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from convert import dit
-from convert.mapping import flat_shapes, lazy_arrays, plan, whole
-from rfl_jax.models.weights import get_arrays
+from convert.mapping import lazy_arrays, plan, whole
+from rfl_jax.models.weights import flat_shapes, get_arrays
 from tests.golden import case, channels_last, needs_golden, relative
 
 

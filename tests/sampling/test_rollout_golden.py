@@ -9,9 +9,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from convert import dit, lora
-from convert.mapping import flat_shapes
 from rfl_jax.models.lora import add_lora
-from rfl_jax.models.weights import fill
+from rfl_jax.models.weights import fill, flat_shapes
 from rfl_jax.sampling.rollout import Expert, rollout
 from rfl_jax.sampling.schedule import plan_phases, sigmas
 from tests.golden import ROOT, case, channels_last, needs_golden, relative

@@ -12,7 +12,6 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from convert import dit, store, umt5
-from convert.export import find_checkpoint
 from convert.mapping import unfill
 from rfl_jax.data.metadata import read_metadata
 from rfl_jax.data.prepare import Encoders, prepare
@@ -25,6 +24,7 @@ from rfl_jax.models.umt5 import UMT5Config, UMT5Encoder
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.models.weights import get_arrays
+from rfl_jax.runs import RunFolder, find_checkpoint
 from rfl_jax.sources import find_sources
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import VALIDATED, train
@@ -79,7 +79,7 @@ def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_pat
     assert not any(name.startswith("eval_") for name in want[0])
     best = max(records[0]["validations"], key=lambda entry: entry["judge_sim"])["step"]
     assert records[0]["best_step"] == best == trained.best_step
-    assert find_checkpoint(whole, "best").name == find_checkpoint(parts, "best").name == str(best)
+    assert find_checkpoint(RunFolder(whole), "best").name == find_checkpoint(RunFolder(parts), "best").name == str(best)
 
     assert sorted(p.name for p in (whole / "samples").iterdir()) == [
         "step_000001.mp4",

@@ -1,0 +1,158 @@
+"""What a run trained, for other tools: `python -m rfl_jax.export --workdir RUN --dst FILE.safetensors`.
+
+Adapters in the naming of `--format`, or with `--merged` the whole network with the adapters merged into it. RUN is a
+folder or gs://.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from convert import dit, export, store
+from rfl_jax.config import parse
+from rfl_jax.errors import UserError, refuse_in_one_line
+from rfl_jax.files import write_whole
+from rfl_jax.models.lora import is_adapters
+from rfl_jax.runs import RunFolder, find_checkpoint, read_network, trained_networks
+from rfl_jax.sources import experts_of, find_sources
+
+NETWORKS = ("dit", "dit2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run trained in one network.
+
+    Attributes:
+        network: "dit" or "dit2".
+        arrays: adapters, or all weights, by dotted path.
+        metadata: base model, network, step, hash of the configuration; rank and alpha of adapters; the step's score.
+        config: the run's configuration, to be parsed.
+    """
+
+    network: str
+    arrays: dict[str, np.ndarray]
+    metadata: dict[str, str]
+    config: dict[str, Any]
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters were trained, and not all weights."""
+        return is_adapters(self.arrays)
+
+
+def read_run(folder: RunFolder, step: str = "", network: str = "") -> Trained:
+    """The trained weights of a run's checkpoint.
+
+    Args:
+        folder: of the run.
+        step: of the checkpoint, as in `find_checkpoint`.
+        network: "dit" or "dit2"; needed where both train.
+
+    Raises:
+        UserError: no such run, checkpoint or network.
+    """
+    checkpoint = find_checkpoint(folder, step)
+    config = folder.read_config()
+    trained = trained_networks(checkpoint)
+    networks = [name for name in trained if name in NETWORKS]
+    if not networks or (network and network not in networks):
+        raise UserError(f"--network: {network or 'dit'}: the run trained {', '.join(trained)}")
+    if not network and len(networks) > 1:
+        raise UserError(f"--network: the run trained {' and '.join(networks)}, expected one of them")
+    network = network or networks[0]
+    arrays = read_network(checkpoint, network)
+    metadata = {
+        "base_model": config["preset"],
+        "network": network,
+        "step": checkpoint.name,
+        "config_sha256": hashlib.sha256(folder.config.read_bytes()).hexdigest(),
+    }
+    if is_adapters(arrays):
+        metadata |= {"rank": str(config["lora_rank"]), "alpha": str(config["lora_rank"])}
+    score = _score(folder, int(checkpoint.name))
+    if score is not None:
+        metadata["face_score"] = f"{score:.6f}"
+    return Trained(network, arrays, metadata, config)
+
+
+def _score(folder: RunFolder, step: int) -> float | None:
+    """The reward of a step."""
+    lines = folder.metrics.read_text().splitlines() if folder.metrics.exists() else []
+    return next((line["face_score"] for line in map(json.loads, lines) if line["step"] == step), None)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m rfl_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--step", default="", help="of the checkpoint, or best; default: the last")
+    parser.add_argument("--network", default="", choices=("", *NETWORKS), help="needed where both train")
+    parser.add_argument(
+        "--format", default="diffusers", choices=tuple(export.LORA_FORMATS), help="naming of the layers"
+    )
+    parser.add_argument("--merged", action="store_true", help="the whole network, adapters merged")
+    parser.add_argument("--dtype", choices=store.CAST_TO, help="of merged weights; default: as the network's were")
+    parser.add_argument("--dst", required=True, metavar="FILE.safetensors")
+    return parser
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    file = Path(args.dst)
+    if file.suffix != ".safetensors":
+        raise UserError(f"--dst: {args.dst}: expected a name that ends in .safetensors")
+    if file.exists() or file.with_name(f"{file.name}.index.json").exists():
+        raise UserError(f"--dst: {args.dst}: exists already, expected a new file")
+    if args.merged and args.format not in dit.NAMINGS:
+        raise UserError(f"--format: {args.format}: whole weights have the naming {' or '.join(dit.NAMINGS)}")
+    if args.dtype and not args.merged:
+        raise UserError("--dtype: of merged weights only; adapters are float32")
+    trained = read_run(RunFolder(epath.Path(args.workdir)), args.step, args.network)
+    if not args.merged and not trained.adapted:
+        raise UserError(f"--merged: expected, as the run trained {trained.network} in full")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if args.merged:
+        _write_merged(trained, file, args.format, args.dtype)
+    else:
+        _write_adapters(trained, file, args.format)
+
+
+def _write_adapters(trained: Trained, file: Path, kind: str) -> None:
+    write_whole(file, export.adapter_file(trained.arrays, kind, trained.metadata))
+    print(f"{file}: {len(trained.arrays) // 2} adapted layers in {kind} naming")
+    if kind == "peft":
+        config = file.with_name("adapter_config.json")
+        write_whole(config, json.dumps(export.adapter_config(trained.arrays), indent=1) + "\n")
+        print(f"{config}")
+
+
+def _write_merged(trained: Trained, file: Path, naming: str, dtype: str | None) -> None:
+    cfg = parse(ConfigDict(trained.config))
+    sources = find_sources(cfg, experts=experts_of(cfg))
+    _, arrays = export.whole_network(trained.arrays, sources.dit if trained.network == "dit" else sources.dit2)
+    tensors = export.entries(arrays, dit.NAMINGS[naming], dtype)
+    with tqdm(total=sum(t.nbytes for t in tensors), unit="B", unit_scale=True, desc=file.name, disable=None) as bar:
+        for written in export.write_safetensors(file, tensors, trained.metadata, bar.update):
+            print(written)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
+    with refuse_in_one_line("export"):
+        main()
