@@ -22,21 +22,16 @@ from etils import epath
 from tqdm import tqdm
 
 from convert import adapters, origin, store, verify
-from convert.lora import parse_strength
-from rfl_jax.errors import UserError, refuse_in_one_line
+from convert.lora import EXPERT_OPTIONS, parse_strength
+from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.fetch import fetch
 from rfl_jax.files import is_remote
 
 INTERRUPTED = 130
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="python -m convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -146,7 +141,7 @@ def _convert_lora(args: argparse.Namespace) -> None:
     settings = dict(item.partition("=")[::2] for item in args.set)
     if len(files) != 1 or set(settings) - {"preset"}:
         raise UserError("lora: expected one file, and no setting but preset")
-    cfg, arrays = adapters.convert(files[0], settings.get("preset", ""))
+    cfg, arrays = adapters.convert(files[0], settings.get("preset", ""), EXPERT_OPTIONS.get(args.expert, ""))
     store.save(args.dst, "lora", cfg, arrays, origin=origin.of_sources(args.src, files, [], "float32"))
     print(f"{args.dst}: {len(arrays) // 2} adapted layers of {cfg.preset}, rank {cfg.rank}")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from convert import dit, store
-from convert.lora import Lora, adapters
+from convert.lora import Lora, UnfitError, adapters, expert_of
+from convert.readers import Checkpoint
 from rfl_jax.errors import UserError
 from rfl_jax.models.lora import TARGETS, LoraConfig
 from rfl_jax.models.wan.config import DIT_PRESETS

@@ -13,7 +13,7 @@ import tensorstore as ts
 from safetensors.numpy import save
 
 from convert import dit, lora, store
-from convert.mapping import Assignment, LazyArray, Rule, unchanged
+from convert.mapping import Assignment, LazyArray, Rule, cast, unchanged
 from convert.readers import DTYPES, Index
 from rfl_jax.files import absolute, is_remote, write_whole
 from rfl_jax.models.lora import is_adapters
@@ -152,14 +152,16 @@ def entries(arrays: Mapping[str, LazyArray], rules: Sequence[Rule], dtype: str |
             shape = array.shape[1:] if rule.stacked else array.shape
             source = rule.transform.inverse(np.broadcast_to(np.float32(0), shape)).shape
 
+            key = rule.key(layer)
+
             def read(
-                array: LazyArray = array, index: Index = index, rule: Rule = rule, kept: np.dtype = kept
+                array: LazyArray = array, index: Index = index, rule: Rule = rule, kept: np.dtype = kept, key: str = key
             ) -> np.ndarray:
                 value = array[index]
                 value = rule.transform.inverse(value[0] if rule.stacked else value)
-                return np.ascontiguousarray(value.astype(kept, copy=False))
+                return np.ascontiguousarray(cast(value, kept, key))
 
-            found.append(Entry(rule.key(layer), source, kept, read))
+            found.append(Entry(key, source, kept, read))
     return sorted(found, key=lambda entry: entry.key)
 
 

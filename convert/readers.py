@@ -10,13 +10,13 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from rfl_jax.errors import UserError
+from rfl_jax.errors import UserError, first_line
 from rfl_jax.files import PICKLES
 
 # Floating-point only: there are no other weights in these networks.
@@ -28,9 +28,22 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-# What some tools put before every key of the DiT.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-# Names of an 8-bit weight's scale, in place of its "weight", and of what else comes with it.
+# An adapter's alpha is a number that some tools store as a whole one.
+ALPHA_DTYPES = {"I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16)}
+# How files begin that are something else than their name says, or nothing that is read here.
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+FOREIGN_STARTS = {
+    b"GGUF": "is a GGUF file, which is not read: expected this network's safetensors or PyTorch file, as its authors,"
+    " diffusers or ComfyUI publish it",
+    b"version https://git-lfs": "is a Git LFS pointer: expected the file that it stands for (git lfs pull)",
+}
+# What a trainer leaves beside the weights.
+LEFTOVERS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+# What tools put before every key: taken off as often as all keys have it.
+PREFIXES = ("model.", "diffusion_model.", "module.", "pipe.", "dit.", "transformer.")
+# What PyTorch puts inside a key where it wraps a module.
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Names of an 8-bit weight's scale, in place of its "weight".
 SCALES = ("scale_weight", "weight_scale")
 # Last parts of keys that are no weights: what else comes with 8-bit weights, a tokenizer, counters of a training.
 NOT_WEIGHTS = {
@@ -46,6 +59,7 @@ NESTS = (
 Index = tuple[slice, ...]
 
 
+@runtime_checkable
 class Reader(Protocol):
     """One file of tensors.
 
@@ -143,7 +157,7 @@ class TorchReader:
         try:
             content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
         except Exception as error:  # whatever a broken pickle raises
-            line = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            line = first_line(error)[:160]
             raise UserError(f"{file}: expected a state dict of tensors ({line})") from None
         self.file = file
         self.metadata: Mapping[str, str] = {}

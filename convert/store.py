@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 
 from convert import arcface, dit, scrfd, umt5, vae
 from convert.mapping import LazyArray, whole
-from convert.streaming import streaming_handler
+from convert.streaming import failures_once, streaming_handler
 from rfl_jax.errors import UserError, first_line
 from rfl_jax.files import absolute, array_handler
 from rfl_jax.models.lora import LoraConfig
@@ -177,6 +177,13 @@ def describe(kind: str, sources: list[str]) -> Any:
             raise UserError(f"{sources[0]}: holds {content['kind']} weights, expected {kind}")
         return content["cfg"]
     return SAFETENSORS[kind].describe(sources) if kind in SAFETENSORS else ONNX[kind].convert(sources[0])[0]
+
+
+def source_dtypes(kind: str, sources: list[str]) -> dict[str, np.dtype]:
+    """The precision in which a component's arrays are stored, by their paths; only headers are read of safetensors."""
+    if len(sources) == 1 and is_converted(sources[0]):
+        return {name: np.dtype(jnp.dtype(dtype)) for name, (_, dtype) in stored_arrays(sources[0]).items()}
+    return {name: np.dtype(array.dtype) for name, array in convert(kind, sources)[1].items()}
 
 
 Places = Callable[[nnx.State], Any]

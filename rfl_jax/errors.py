@@ -1,8 +1,10 @@
 """The one exception that reaches the user as a line of text instead of a traceback."""
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -12,6 +14,13 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type's name."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Refuses arguments by `UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 @contextlib.contextmanager
@@ -25,8 +34,3 @@ def refuse_in_one_line(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its type where it has no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from convert import dit, export, store
 from rfl_jax.config import parse
-from rfl_jax.errors import UserError, refuse_in_one_line
+from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.files import write_whole
 from rfl_jax.models.lora import is_adapters
 from rfl_jax.runs import RunFolder, find_checkpoint, read_network, trained_networks
@@ -91,13 +91,8 @@ def _score(folder: RunFolder, step: int) -> float | None:
     return next((line["face_score"] for line in map(json.loads, lines) if line["step"] == step), None)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="python -m rfl_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", required=True, help="folder of the run")

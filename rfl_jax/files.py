@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 # Endings of the files that PyTorch pickles.
-PICKLES = (".pth", ".pt", ".ckpt")
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 
 
 def is_remote(path: Path | epath.Path) -> bool:

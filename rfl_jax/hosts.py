@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from rfl_jax.errors import UserError
+from rfl_jax.errors import UserError, first_line
 from rfl_jax.sharding import replicated
 
 # A host that has not been heard of for so long is given up, and with it the run.
@@ -42,8 +42,7 @@ def join() -> None:
     try:
         jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT_S)
     except (RuntimeError, ValueError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--distributed: the other hosts cannot be joined ({line})") from None
+        raise UserError(f"--distributed: the other hosts cannot be joined ({first_line(error)})") from None
 
 
 def is_writer() -> bool:

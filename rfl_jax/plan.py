@@ -13,10 +13,10 @@ import jax
 from absl import flags
 
 from rfl_jax import cli
+from rfl_jax.chips import GIB, devices_of
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
 from rfl_jax.planning.abstract import make_plan, on_devices
-from rfl_jax.planning.chips import GIB, devices_of
 from rfl_jax.planning.compile import Report, compile_plan
 from rfl_jax.planning.search import Tried, walk
 

@@ -6,14 +6,15 @@ Training does the same before its first step; clips that are prepared already ar
 from absl import flags
 
 from rfl_jax import cli
-from rfl_jax.training.setup import cache_folder, prepare_run
+from rfl_jax.runs import RunFolder
+from rfl_jax.training.inputs import cache_of, prepare_inputs
 
 
 def main() -> None:
     cfg = cli.load_config(_CONFIG)
-    workdir = cli.open_workdir(_WORKDIR.value)
-    ready = prepare_run(cfg, workdir)
-    print(f"{len(ready.prepared)} clips, {len(ready.held_out)} held out, in {cache_folder(cfg, workdir)}")
+    folder = RunFolder(cli.open_workdir(_WORKDIR.value))
+    clips = prepare_inputs(cfg, folder).clips
+    print(f"{len(clips.training)} clips, {len(clips.held_out)} held out, in {cache_of(cfg, folder)}")
 
 
 if __name__ == "__main__":

@@ -4,23 +4,18 @@ RUN is a folder or gs://. While training runs the page shows what there is so fa
 """
 
 import argparse
-from typing import NoReturn
 
 from etils import epath
 
-from rfl_jax.errors import UserError, refuse_in_one_line
+from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.files import write_whole
 from rfl_jax.reporting.collect import read_run
 from rfl_jax.reporting.page import render
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+from rfl_jax.runs import RunFolder
 
 
 def main() -> None:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="python -m rfl_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", metavar="RUN", help="folder of the run")
@@ -34,7 +29,7 @@ def main() -> None:
     out = epath.Path(args.out)
     if out.is_dir():
         raise UserError(f"--out: {out}: is a folder, expected a file")
-    page = render(read_run(epath.Path(args.run)), most=args.gallery)
+    page = render(read_run(RunFolder(epath.Path(args.run))), most=args.gallery)
     try:
         write_whole(out, page)
     except OSError as error:

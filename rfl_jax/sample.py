@@ -4,7 +4,6 @@ python -m rfl_jax.sample --config=FILE [--lora=RUN_OR_FILE] --image=FACE.png --p
 python -m rfl_jax.sample --config=FILE [--lora=RUN_OR_FILE] --csv=ROWS.csv --out=FOLDER
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -17,7 +16,9 @@ from rfl_jax.data.metadata import find_file, read_table
 from rfl_jax.data.videos import first_frame, read_image, write_video
 from rfl_jax.errors import UserError
 from rfl_jax.hosts import is_writer
-from rfl_jax.sampling.pipeline import Options, Request, open_pipeline, options_of
+from rfl_jax.runs import RunFolder
+from rfl_jax.sampling.options import Options, Request, options_of
+from rfl_jax.sampling.pipeline import open_pipeline
 
 FPS = 16  # of the published checkpoints' clips (Wan2.2 `sample_fps`); the 5B's are 24
 
@@ -72,9 +73,8 @@ def read_requests(file: str, seed: int) -> list[tuple[str, Request]]:
 
 def _config() -> Config:
     """The configuration of the command line, else that of the run in --lora."""
-    run = epath.Path(_LORA.value or ".") / "config.json"
-    if _CONFIG.value is None and _LORA.value and run.exists():
-        return parse(ConfigDict(json.loads(run.read_text())))
+    if _CONFIG.value is None and _LORA.value and (run := RunFolder(epath.Path(_LORA.value))).exists():
+        return parse(ConfigDict(run.read_config()))
     return cli.load_config(_CONFIG)
 
 

@@ -1,18 +1,18 @@
 """Settings that their types describe: what a value may be, its meaning in one line, its text at the edge.
 
 A section is a frozen dataclass of fields `name: Annotated[TYPE, RANGE, "Meaning."] = default`, or of further sections.
-A TYPE is bool, int, float, str, a Literal of texts, `Names` or `Span`; a RANGE is one of the classes below, or absent.
+A TYPE is bool, int, float, str, a Literal of texts, `Names` or `StepRange`; a RANGE is one of the classes below, or absent.
 Flags, ConfigDicts and JSON hold the edge form of a value (bool, int, float or text), the dataclass the type itself.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints, runtime_checkable
 
 Number = int | float
 Names = tuple[str, ...]  # at the edge separated by commas
-Span = tuple[int, int] | None  # first and last, at the edge 3-5 or 3; None: empty text
+StepRange = tuple[int, int] | None  # first and last, at the edge 3-5 or 3; None: empty text
 
 NOUNS = {
     bool: "true or false",
@@ -20,7 +20,7 @@ NOUNS = {
     float: "a number",
     str: "text",
     Names: "names separated by commas",
-    Span: "steps such as 3-5, or 3",
+    StepRange: "steps such as 3-5, or 3",
 }
 
 
@@ -102,9 +102,9 @@ class MultipleOf:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """One of the texts, which may include the empty one."""
+    """One of the texts, which may include the empty one; what a table's keys gain later counts as well."""
 
-    choices: Names
+    choices: Collection[str]
 
     def check(self, value: str) -> bool:
         return value in self.choices
@@ -138,7 +138,7 @@ def names(text: str) -> Names:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def span(text: str) -> Span:
+def step_range(text: str) -> StepRange:
     """First and last of "3-5" or "3"; None of an empty text.
 
     Raises:
@@ -194,7 +194,7 @@ class Setting:
         if isinstance(value, bool) != (self.edge is bool) or not isinstance(value, self.edge):
             raise ValueError(f"expected {self.edge.__name__}, got {value!r}")
         try:
-            found = names(value) if self.kind == Names else span(value) if self.kind == Span else value
+            found = names(value) if self.kind == Names else step_range(value) if self.kind == StepRange else value
         except ValueError:
             raise ValueError(f"expected {self.expected}, got {value!r}") from None
         if self.range and not self.range.check(found):
@@ -205,7 +205,7 @@ class Setting:
         """The edge form of a value."""
         if self.kind == Names:
             return ",".join(value)
-        if self.kind == Span:
+        if self.kind == StepRange:
             return "" if value is None else "-".join(map(str, sorted(set(value))))
         return value
 

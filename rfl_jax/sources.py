@@ -33,6 +33,10 @@ class Sources:
     tokenizer: str
     reward: str
 
+    def files(self, network: str) -> list[str]:
+        """The files of "dit", "dit2", "text_encoder" or "vae"."""
+        return getattr(self, network)
+
 
 def experts_of(cfg: Config) -> int:
     """How many DiTs the preset has."""

@@ -5,11 +5,12 @@ import sys
 from absl import flags
 
 from rfl_jax import cli
-from rfl_jax.evaluate import evaluate, show
+from rfl_jax.evaluation.evaluate import evaluate, show
 from rfl_jax.hosts import is_writer
+from rfl_jax.runs import RunFolder
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
-from rfl_jax.training.metrics import check_wandb
+from rfl_jax.training.record import check_wandb
 from rfl_jax.training.setup import set_up
 
 
@@ -18,28 +19,34 @@ def main() -> None:
     check_wandb(cfg)
     if cfg.eval_every and not cfg.validates:
         print("config.eval_every: no validation, as eval.file_name names no held-out clips", file=sys.stderr)
-    workdir = cli.open_workdir(_WORKDIR.value)
-    run = set_up(cfg, workdir)
-    trained = train(run, workdir)
+    folder = RunFolder(cli.open_workdir(_WORKDIR.value))
+    run = set_up(cfg, folder)
+    trained = train(run, folder)
     if not trained.finished:
-        print(f"stopped; the same command goes on from here ({workdir})", file=sys.stderr)
+        print(f"stopped; the same command goes on from here ({folder})", file=sys.stderr)
         sys.exit(130)
-    files = export_adapters(run, trained.state, workdir)
-    result = evaluate(run, trained.state, workdir, trained.held_out) if cfg.eval.file_name else None
+    params = trained.state.params
+    files = export_adapters(run, params, folder)
+    result = None
+    if cfg.eval.file_name:
+        held_out = trained.validation.held_out if trained.validation else run.open_held_out()
+        result = evaluate(held_out, {"base": held_out.untrained(params), "tuned": params}, folder, trained.step)
     if not is_writer():
         return
     if result:
         show(result)
-    if trained.step < run.steps:
+    if trained.step < run.inputs.steps:
         print(f"ended at step {trained.step}: {cfg.early_stop} validations brought nothing better (config.early_stop)")
-    for line in trained.alarms:
-        print(f"ALARM at {line}")
-    if trained.best_step is not None:
-        print(f"best validation: step {trained.best_step} ({workdir / 'best'}/, --step=best)")
+    if trained.validation:
+        for entry in trained.validation.entries:
+            if entry["alarm"]:
+                print(f"ALARM at step {entry['step']}: {entry['alarm']}")
+        if trained.validation.best_step is not None:
+            print(f"best validation: step {trained.validation.best_step} ({folder.best}/, --step=best)")
     for file in files:
         print(f"adapters: {file}")
-    print(f"run: {workdir} (metrics.jsonl, samples/, checkpoints/{', evaluation.json' if result else ''})")
-    print(f"next: python -m rfl_jax.report {workdir} -o report.html")
+    print(f"run: {folder} (metrics.jsonl, samples/, checkpoints/{', evaluation.json' if result else ''})")
+    print(f"next: python -m rfl_jax.report {folder} -o report.html")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from jaxtyping import install_import_hook
+
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,8 +14,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 # A broadcast that adds axes is written out, and annotated shapes are checked at every call.
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
-
-from jaxtyping import install_import_hook
 
 install_import_hook(["rfl_jax", "convert"], "beartype.beartype")
 

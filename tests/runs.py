@@ -1,15 +1,20 @@
 """The miniature's networks and a few of its clips, as the training tests use them."""
 
+import dataclasses
 import json
+import math
 
+import jax
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 
 from rfl_jax.config import default_config, parse
 from rfl_jax.miniature.data import draw_clips
 from rfl_jax.miniature.world import FRAMES, SIZE, asset_paths, judge_path
-from rfl_jax.training import setup as run_setup
-from tests.devices import make_mesh
+from rfl_jax.runs import RunFolder
+from rfl_jax.training.loop import train
+from rfl_jax.training.setup import set_up
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +58,19 @@ def settings(clip_folder, cache_folder):
     return make
 
 
-def use_devices(monkeypatch):
-    """A mesh of the first devices only."""
+def few_devices(cfg):
+    """As many of the virtual devices as the mesh of a configuration has; an axis of -1 has one."""
+    return jax.devices()[: math.prod(max(n, 1) for n in dataclasses.astuple(cfg.mesh))]
 
-    monkeypatch.setattr(run_setup, "make_mesh", lambda sizes: make_mesh(*(max(n, 1) for n in sizes.values())))
+
+def open_run(cfg, path):
+    """A run before its first step on as few devices."""
+    return set_up(cfg, RunFolder(epath.Path(path)), few_devices(cfg))
+
+
+def train_run(cfg, path):
+    """A run to its end."""
+    return train(open_run(cfg, path), RunFolder(epath.Path(path)))
 
 
 def read_metrics(workdir):

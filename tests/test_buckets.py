@@ -12,9 +12,21 @@ import urllib.request
 import pytest
 from safetensors.numpy import load_file
 
+from rfl_jax.miniature.data import draw_clips
 from rfl_jax.miniature.world import ASSETS, DIT_FILES, T5_FILE, VAE_FILE
 
 BUCKET = "runs"
+FILL = """
+import json, os, sys
+from etils import epath
+from convert.__main__ import main
+
+file, address = json.loads(os.environ["UPLOAD"])
+epath.Path(address).write_bytes(epath.Path(file).read_bytes())
+for component, source, destination in json.loads(os.environ["CONVERT"]):
+    sys.argv = ["convert", component, "--src", source, "--dst", destination]
+    main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -71,29 +83,28 @@ def read(bucket, name):
         return response.read().decode()
 
 
-def test_convert_train_stop_and_resume_in_a_bucket(bucket, clip_folder, tmp_path):
-    # A checkpoint that itself lies in the bucket.
+def test_convert_train_stop_and_resume_in_a_bucket(bucket, tmp_path):
+    draw_clips(tmp_path / "clips", 4, seed=5)
+    # A checkpoint that itself lies in the bucket is converted by a command; the others by the same in one process.
     original = f"gs://{BUCKET}/original/{VAE_FILE}"
-    upload = f"from etils import epath; epath.Path({original!r}).write_bytes(open({str(ASSETS / 'vae' / VAE_FILE)!r}, 'rb').read())"
-    subprocess.run([sys.executable, "-c", upload], env=bucket, check=True)
-    bucket = bucket | {"RFL_JAX_CACHE": str(tmp_path / "cache")}
-    weights = []
-    for component, name, source in (
-        ("dit", "high", ASSETS / DIT_FILES["dit"]),
-        ("dit", "low", ASSETS / DIT_FILES["dit2"]),
-        ("umt5", "umt5", ASSETS / "umt5" / T5_FILE),
-        ("vae", "vae", original),
-    ):
-        weights.append(f"gs://{BUCKET}/weights/{name}")
-        run(bucket, "convert", component, "--src", str(source), "--dst", weights[-1])
+    weights = [f"gs://{BUCKET}/weights/{name}" for name in ("high", "low", "umt5", "vae")]
+    kinds, sources = ("dit", "dit", "umt5"), (DIT_FILES["dit"], DIT_FILES["dit2"], f"umt5/{T5_FILE}")
+    bucket = bucket | {
+        "RFL_JAX_CACHE": str(tmp_path / "cache"),
+        "UPLOAD": json.dumps([str(ASSETS / "vae" / VAE_FILE), original]),
+        "CONVERT": json.dumps([[k, str(ASSETS / s), w] for k, s, w in zip(kinds, sources, weights, strict=False)]),
+    }
+    subprocess.run([sys.executable, "-c", FILL], env=bucket, check=True)
+    run(bucket, "convert", "vae", "--src", original, "--dst", weights[-1])
 
-    held_out = [f"--config.eval.file_name={clip_folder / 'metadata.csv'}", "--config.eval.num_samples=2"]
+    held_out = [f"--config.eval.file_name={tmp_path / 'clips' / 'metadata.csv'}", "--config.eval.num_samples=2"]
 
     def train(steps, *evaluation):
         return run(
             bucket, "rfl_jax.train", "--config=configs/mini.py", f"--workdir=gs://{BUCKET}/mini",
-            f"--config.model_paths={json.dumps(weights)}", f"--config.file_name={clip_folder / 'metadata.csv'}",
+            f"--config.model_paths={json.dumps(weights)}", f"--config.file_name={tmp_path / 'clips' / 'metadata.csv'}",
             "--config.train_batch_size=2", "--config.per_device_train_batch_size=2", *evaluation,
+            "--config.num_inference_steps=4", "--config.mid_timestep=2", "--config.final_timestep=3",
             "--config.sample_every=1", f"--config.max_steps={steps}",
         )  # fmt: skip
 

@@ -11,13 +11,23 @@ import time
 import pytest
 
 from convert import store
+from rfl_jax.miniature.data import draw_clips
 from rfl_jax.miniature.world import ASSETS, DIT_FILES, T5_FILE, VAE_FILE
 
 SETTINGS = [
     "--config=configs/mini.py", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.context=2",
     "--config.train_batch_size=4", "--config.per_device_train_batch_size=1", "--config.eval.file_name=",
-    "--config.sample_every=0", "--config.save_steps=2", "--config.max_steps=5",
+    "--config.num_inference_steps=4", "--config.mid_timestep=2", "--config.final_timestep=3",
+    "--config.sample_every=0", "--config.save_steps=1", "--config.max_steps=3",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """As many as a batch has samples."""
+    folder = tmp_path_factory.mktemp("clips") / "drawn"
+    draw_clips(folder, 4, seed=5)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +72,16 @@ def finish(processes, timeout=600):
     return [process.returncode for process in processes], output
 
 
-def test_two_processes_equal_one_and_survive_a_death(tmp_path, clip_folder, weights):
-    codes, output = finish([start(tmp_path / "one", clip_folder)])
+def test_two_processes_equal_one_and_survive_a_death(tmp_path, clips, weights):
+    codes, output = finish([start(tmp_path / "one", clips)])
     assert codes == [0], output[0]
     want = lines(tmp_path / "one")
-    assert [line["step"] for line in want] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in want] == [1, 2, 3]
 
     # The second process is killed after the first checkpoint; the first ends by itself and says why.
-    pair = start_pair(tmp_path / "two", clip_folder, weights)
-    while len(lines(tmp_path / "two")) < 3:
-        assert all(process.poll() is None for process in pair), finish(pair)
+    pair = start_pair(tmp_path / "two", clips, weights)
+    while len(lines(tmp_path / "two")) < 2:
+        assert all(process.poll() is None for process in pair), "\n".join(finish(pair)[1])
         time.sleep(0.2)
     pair[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
@@ -80,11 +90,15 @@ def test_two_processes_equal_one_and_survive_a_death(tmp_path, clip_folder, weig
     assert time.monotonic() - began < 60
     assert "another host" in text or "heartbeat" in text.lower(), text
 
+    # What is left is in the middle of the run.
+    assert "1" in {folder.name for folder in (tmp_path / "two" / "checkpoints").iterdir()}
+    assert not (tmp_path / "two" / "dit2_lora.safetensors").exists()
+
     # One of them has a clip to prepare again, the other none: it needs networks that the other does not open.
     next(file for file in (tmp_path / "two" / "cache").glob("*.npz") if ".prefix." not in file.name).unlink()
-    held_out = [f"--config.eval.file_name={clip_folder / 'metadata.csv'}", "--config.eval.num_samples=3"]
-    codes, output = finish(start_pair(tmp_path / "two", clip_folder, weights, *held_out, "--config.eval_every=5"))
-    assert codes == [0, 0], output
+    held_out = [f"--config.eval.file_name={clips / 'metadata.csv'}", "--config.eval.num_samples=3"]
+    codes, output = finish(start_pair(tmp_path / "two", clips, weights, *held_out, "--config.eval_every=3"))
+    assert codes == [0, 0], "\n".join(output)
     # Both judged the held-out clips, one of them wrote.
     result = json.loads((tmp_path / "two" / "evaluation.json").read_text())
     (validated,) = json.loads((tmp_path / "two" / "validation.json").read_text())["validations"]
@@ -94,10 +108,10 @@ def test_two_processes_equal_one_and_survive_a_death(tmp_path, clip_folder, weig
     assert "evaluation.json" in output[0]
     assert "evaluation.json" not in output[1]
     found = lines(tmp_path / "two")
-    assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in found] == [1, 2, 3]
     for a, b in zip(found, want, strict=True):
         for figure in ("loss", "face_score", "no_face_fraction", "learning_rate"):
             assert a[figure] == pytest.approx(b[figure], rel=1e-3, abs=1e-6), figure
     # Both processes stepped, one of them wrote.
-    assert "step 5/5" in output[0]
-    assert "step 5/5" not in output[1]
+    assert "step 3/3" in output[0]
+    assert "step 3/3" not in output[1]

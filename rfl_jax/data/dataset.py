@@ -1,36 +1,36 @@
-"""Prepared samples as batches (Grain): shuffled by seed, sharded by process, resumable."""
+"""Prepared clips as batches (Grain): shuffled by seed, sharded by process, resumable."""
 
 from collections.abc import Sequence
 
 import grain
 import numpy as np
 
-from rfl_jax.data.prepare import Prepared, Sample
+from rfl_jax.data.cache import ClipArrays, PreparedClip
 from rfl_jax.errors import UserError
 
 # Without a number Grain's length is the largest integer, which batches of one overflow.
 EPOCHS = 1 << 20
 
 
-def check_shapes(prepared: Sequence[Prepared], batch: int) -> None:
-    """Refuses clips of different sizes where samples are batched.
+def check_shapes(clips: Sequence[PreparedClip], batch: int) -> None:
+    """Refuses clips of different sizes where several share a batch.
 
     Raises:
         UserError: naming the first row whose size differs.
     """
     if batch == 1:
         return
-    shapes = [(p.row.number, p.load()["y"].shape) for p in prepared]
+    shapes = [(clip.clip.number, clip.latent_shape) for clip in clips]
     for number, shape in shapes:
         if shape != shapes[0][1]:
             raise UserError(
-                f"row {number}: latents of {shape[:3]} and of {shapes[0][1][:3]} (row {shapes[0][0]}) cannot share a "
+                f"row {number}: latents of {shape} and of {shapes[0][1]} (row {shapes[0][0]}) cannot share a "
                 "batch, expected one size: set data.height, data.width and data.num_frames, or batches of 1"
             )
 
 
 def make_iterator(
-    prepared: Sequence[Prepared],
+    clips: Sequence[PreparedClip],
     names: Sequence[str],
     *,
     batch: int,
@@ -41,25 +41,25 @@ def make_iterator(
     """An endless iterator over batches of this process's share; its state can be saved.
 
     Args:
-        prepared: all samples.
-        names: arrays a sample gives; besides, "sample" is its number and "noise_index" which of its noises it starts
-            from: the next one every epoch.
-        batch: samples a process takes each time.
+        clips: all of them.
+        names: arrays of a clip that a batch has; besides, "clip" is its number and "noise_index" which of its noises it
+            starts from: the next one every epoch.
+        batch: clips a process takes each time.
         seed: of the order, which differs from epoch to epoch.
-        noises: a sample's noises, after which the first comes again; 0: never.
+        noises: a clip's noises, after which the first comes again; 0: never.
         share: number of this process's part of every batch, and the number of parts.
     """
 
-    def load(position: int, number: int) -> Sample:
-        epoch = position // len(prepared)
+    def load(position: int, number: int) -> ClipArrays:
+        epoch = position // len(clips)
         index = epoch % noises if noises else epoch
-        item = prepared[number]
-        values = item.load()
-        sample = {"sample": np.array(number, np.int32), "noise_index": np.array(index, np.int32)}
-        sample |= {name: values[name] for name in names}
-        return sample | ({"prefix": item.load_prefix(index)} if item.prefix else {})
+        clip = clips[number]
+        values = clip.load()
+        arrays = {"clip": np.array(number, np.int32), "noise_index": np.array(index, np.int32)}
+        arrays |= {name: values[name] for name in names}
+        return arrays | ({"prefix": clip.load_prefix(index)} if clip.prefix else {})
 
-    dataset = grain.MapDataset.source(range(len(prepared))).seed(seed).shuffle().repeat(EPOCHS)
+    dataset = grain.MapDataset.source(range(len(clips))).seed(seed).shuffle().repeat(EPOCHS)
     # The parts of a batch are its consecutive rows, so that the batch is the same however many processes feed it.
     part, parts = share
     positions = dataset.map_with_index(lambda position, number: (position, number)).batch(batch * parts, batch_fn=list)
@@ -67,5 +67,5 @@ def make_iterator(
     return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def _stack(samples: Sequence[Sample]) -> Sample:
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+def _stack(clips: Sequence[ClipArrays]) -> ClipArrays:
+    return {name: np.stack([clip[name] for clip in clips]) for name in clips[0]}

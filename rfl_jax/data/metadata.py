@@ -15,7 +15,7 @@ HINT = 'text with a comma, a quote or a line break needs quotes around it: a.mp4
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Clip:
     """One clip.
 
     Attributes:
@@ -29,7 +29,7 @@ class Row:
     prompt: str
 
 
-def read_metadata(file: Path | str) -> list[Row]:
+def read_metadata(file: Path | str) -> list[Clip]:
     """Rows of a csv as `read_table` reads them.
 
     Raises:
@@ -39,12 +39,12 @@ def read_metadata(file: Path | str) -> list[Row]:
     for number, record in read_table(file, COLUMNS):
         if not record["video"].strip():
             raise UserError(f"{file}: row {number}: expected a video and a prompt")
-        rows.append(Row(number, find_file(Path(file).parent, record["video"]), record["prompt"]))
+        rows.append(Clip(number, find_file(Path(file).parent, record["video"]), record["prompt"]))
     return rows
 
 
 def read_table(file: Path | str, required: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """Row numbers and rows of a comma-separated UTF-8 file, which may start with a byte order mark. Columns are named in
+    """Clip numbers and rows of a comma-separated UTF-8 file, which may start with a byte order mark. Columns are named in
     lower case; blank lines count as rows but are left out.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Judging videos: figures of a clip, comparisons of many, and the alarm while training runs."""
+"""Judging videos: measures of a clip, comparisons of many, and the alarm while training runs."""

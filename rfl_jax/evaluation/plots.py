@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rfl_jax.evaluation.figures import FIGURES
+from rfl_jax.evaluation.measures import MEASURES
 
 BASE, TUNED, INK, GRID = "#8a93a3", "#0b6e99", "#1f2733", "#e3e7ec"
 COLOURS = {"base": BASE, "tuned": TUNED}
@@ -70,14 +70,14 @@ def svg(figure: Figure, label: str) -> str:
 
 
 @_styled
-def drift_figure(result: Mapping[str, Any], figure_name: str = "judge_sim") -> Figure:
+def drift_figure(result: Mapping[str, Any], measure: str = "judge_sim") -> Figure:
     """Similarity to the real face from frame to frame, mean and 95 % band of the mean over clips."""
     figure, axes = _axes()
     for name, colour in COLOURS.items():
-        mean = np.array([np.nan if x is None else x for x in result["drift"][figure_name][name]], float)
+        mean = np.array([np.nan if x is None else x for x in result["drift"][measure][name]], float)
         curves = np.full((len(result["clips"]), len(mean)), np.nan)
         for row, clip in zip(curves, result["clips"], strict=True):
-            values = clip[name]["frames"][figure_name]
+            values = clip[name]["frames"][measure]
             row[: len(values)] = [np.nan if x is None else x for x in values]
         counts = np.maximum((~np.isnan(curves)).sum(0), 1)
         squares = np.nansum((curves - mean) ** 2, 0) / counts
@@ -87,7 +87,7 @@ def drift_figure(result: Mapping[str, Any], figure_name: str = "judge_sim") -> F
         axes.plot(frames, mean, color=colour, label=name, marker="o" if len(mean) < 12 else "", markersize=3)
     axes.set_title("identity from frame to frame")
     axes.set_xlabel("frame")
-    axes.set_ylabel(FIGURES[figure_name].title, fontsize=8)
+    axes.set_ylabel(MEASURES[measure].title, fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="best")
     return figure
@@ -95,9 +95,9 @@ def drift_figure(result: Mapping[str, Any], figure_name: str = "judge_sim") -> F
 
 @_styled
 def bar_figure(result: Mapping[str, Any]) -> Figure:
-    """Every figure before and after, relative to before, with the interval of the change."""
+    """Every measure after training, relative to before, with the interval of the change."""
     figure, axes = _axes(4.6, 3.2)
-    names = [name for name in FIGURES if result[name]["base"]]
+    names = [name for name in MEASURES if result[name]["base"]]
     changes = [100 * (result[name]["tuned"] / result[name]["base"] - 1) for name in names]
     for row, (name, change) in enumerate(zip(names, changes, strict=True)):
         bounds = result["statistics"][name]["change"]
@@ -120,7 +120,7 @@ def course_figure(
     marks: Mapping[int, float] | None = None,
     log: bool = False,
 ) -> Figure:
-    """A figure over the steps of training: every step, and a running mean over a twentieth of them.
+    """A metric over the steps of training: every step, and a running mean over a twentieth of them.
 
     Args:
         title: of the plot.
@@ -146,7 +146,7 @@ def course_figure(
 
 @_styled
 def validation_figure(title: str, steps: Sequence[int], values: Sequence[float]) -> Figure:
-    """A figure of the validations over the steps of training."""
+    """A measure of the validations over the steps of training."""
     figure, axes = _axes()
     axes.axhline(values[0], color=BASE, linewidth=0.8, linestyle="--")
     axes.plot(steps, values, color="#b4540a", marker="o", markersize=4)

@@ -12,7 +12,7 @@ Loss = Callable[[Any, jax.Array], tuple[jax.Array, dict]]
 
 
 def fit(loss: Loss, params: Any, *, steps: int, learning_rate: float, seed: int, label: str, ema: float = 0.995) -> Any:
-    """Minimises `loss(params, key) -> (value, figures to show)` with Adam and a cosine schedule.
+    """Minimises `loss(params, key) -> (value, metrics to show)` with Adam and a cosine schedule.
 
     Returns:
         The exponential moving average of the parameters.
@@ -22,17 +22,17 @@ def fit(loss: Loss, params: Any, *, steps: int, learning_rate: float, seed: int,
 
     @jax.jit
     def step(params: Any, average: Any, state: Any, key: jax.Array) -> tuple:
-        (value, figures), grads = jax.value_and_grad(loss, has_aux=True)(params, key)
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, key)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: a * ema + p * (1 - ema), average, params)
-        return params, average, state, {"loss": value, **figures}
+        return params, average, state, {"loss": value, **metrics}
 
     state, average = tx.init(params), params
     keys = jax.random.split(jax.random.key(seed), steps)
     bar = trange(steps, desc=label, mininterval=5)
     for i in bar:
-        params, average, state, figures = step(params, average, state, keys[i])
+        params, average, state, metrics = step(params, average, state, keys[i])
         if i % 50 == 0 or i == steps - 1:
-            bar.set_postfix({name: f"{float(jnp.asarray(x)):.4f}" for name, x in figures.items()})
+            bar.set_postfix({name: f"{float(jnp.asarray(x)):.4f}" for name, x in metrics.items()})
     return average

@@ -16,7 +16,7 @@ from rfl_jax.data.text import PromptTokenizer
 from rfl_jax.miniature.faces import prompt, render, sample_identity, sample_scene
 from rfl_jax.miniature.fit import fit
 from rfl_jax.miniature.world import DIT_FILES, FRAMES, SIZE, T5_FILE, TOKENIZER_FILE, VAE_FILE, save_original
-from rfl_jax.models.wan.conditioning import first_frame_condition
+from rfl_jax.models.wan.conditioning import Concatenated
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
 
@@ -40,7 +40,7 @@ def encoded_clips(out: Path, seed: int, count: int) -> tuple[np.ndarray, np.ndar
         k1, k2 = jax.random.split(key)
         scene = sample_scene(k2, sample_identity(k1, batch), FRAMES)
         video = render(scene, SIZE)
-        return vae.encode_whole(video), first_frame_condition(vae, video[:, 0], FRAMES), scene.words
+        return vae.encode_whole(video), Concatenated(DIT_PRESETS["mini"]).encode(vae, video[:, 0], FRAMES), scene.words
 
     latents, conditions, contexts = [], [], []
     for i in trange(count // batch, desc="encoding clips", mininterval=5):

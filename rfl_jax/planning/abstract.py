@@ -10,25 +10,28 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from convert import store
-from rfl_jax.config import Config, check_trainable
-from rfl_jax.data.prepare import detector_file, embedder_file, video_size
-from rfl_jax.models.attention import kernel_for
-from rfl_jax.models.quantize import quantize
-from rfl_jax.models.umt5 import UMT5Config
-from rfl_jax.models.wan.config import DIT_PRESETS, VAE_PRESETS, VAEConfig
+from rfl_jax.config import Config
+from rfl_jax.data.batching import micro_batch, samples_per_update
+from rfl_jax.data.sizes import video_size
+from rfl_jax.models.wan.conditioning import conditioning_of
+from rfl_jax.models.wan.config import VAEConfig
+from rfl_jax.networks.check import check_trainable
+from rfl_jax.networks.faces import detector_file, embedder_file
+from rfl_jax.networks.parts import Frozen, Networks, States, frozen_places, split_networks
+from rfl_jax.networks.table import abstract_network, describe
 from rfl_jax.rewards.arcface import IResNetConfig
 from rfl_jax.rewards.face import FaceReward
-from rfl_jax.rewards.scrfd import SCRFDConfig, family
+from rfl_jax.rewards.scrfd import SCRFDConfig
+from rfl_jax.sampling.prefix import jit_prefix, prefix_arguments
+from rfl_jax.sampling.sampler import Sampler, caches_prefix, make_sampler, split_prefix
 from rfl_jax.sharding import make_mesh, micro_batches, replicated
 from rfl_jax.sources import experts_of, find_sources
 from rfl_jax.training.optim import learning_rate, optimizer
-from rfl_jax.training.prefix import jit_prefix, prefix_arguments
-from rfl_jax.training.setup import frozen_places, jit_step, samples_an_update, state_places
-from rfl_jax.training.state import Frozen, Networks, States, create_state, split_networks
-from rfl_jax.training.step import Sampler, caches_prefix, make_sampler, split_prefix
+from rfl_jax.training.setup import modules_of_step
+from rfl_jax.training.state import create_state, state_places
+from rfl_jax.training.step import jit_step
 
-UMT5_XXL = UMT5Config(256384, 4096, 4096, 10240, num_heads=64, num_layers=24)
+UPDATES = 1000  # of the learning rate's schedule: any number compiles to the same program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,129 +73,121 @@ def on_devices(cfg: Config, devices: Sequence[Any]) -> tuple[Config, Mesh]:
     """
     mesh = make_mesh(dataclasses.asdict(cfg.mesh), devices)
     cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, **dict(mesh.shape)))
-    samples_an_update(cfg, mesh)
+    samples_per_update(cfg, mesh)
     return cfg, mesh
 
 
-def make_plan(cfg: Config, mesh: Mesh) -> Plan:
-    """The step of a configuration on a mesh. Weights that the configuration names are described by their headers; where
-    it names none, the published checkpoints of its preset are meant.
+def find_files(cfg: Config) -> dict[str, list[str] | None]:
+    """Each network's files, described by their headers; None means the published checkpoint of the preset, where the
+    configuration names no weights.
     """
-    check_trainable(cfg)
-    dit = DIT_PRESETS[cfg.preset]
     sources = find_sources(cfg, experts=experts_of(cfg)) if cfg.model_paths else None
-    vae = _describe("vae", sources.vae if sources else None, VAE_PRESETS["wan2_2" if dit.out_dim == 48 else "wan2_1"])
-    text = _describe("umt5", sources.text_encoder if sources else None, UMT5_XXL)
     folder = cfg.reward_model_path
-    detector = _describe("scrfd", [detector_file(folder)] if folder else None, family("10g"))
-    embedder = _describe("arcface", [embedder_file(folder)] if folder else None, IResNetConfig())
+    return {
+        **{name: sources.files(name) if sources else None for name in ("dit", "dit2", "text_encoder", "vae")},
+        "detector": [detector_file(folder)] if folder else None,
+        "embedder": [embedder_file(folder)] if folder else None,
+    }
 
-    every = make_sampler(cfg, dit)
+
+def abstract_networks(
+    cfg: Config, mesh: Mesh, experts: Sequence[str], files: dict[str, list[str] | None]
+) -> tuple[Networks, States, Frozen]:
+    """What `rfl_jax.training.setup.load_networks` gives, with shapes in place of arrays."""
+    platform = mesh.devices.flat[0].platform
+    modules = {
+        name: abstract_network(cfg, name, files[name], "train", platform)
+        for name in (*modules_of_step(experts, cfg), "detector", "embedder")
+    }
+    graphs, states = {}, {}
+    for name, module in modules.items():
+        graphs[name], states[name] = nnx.split(module)
+    found: list[Networks] = []
+
+    def build(states: dict[str, nnx.State]) -> tuple[States, Frozen]:
+        built = {name: nnx.merge(graphs[name], state) for name, state in states.items()}
+        built["reward"] = FaceReward(built.pop("detector"), built.pop("embedder"), cfg.reward)
+        networks, params, frozen = split_networks(cfg, built)
+        found.append(networks)
+        return params, frozen
+
+    params, frozen = jax.eval_shape(build, states)
+    return found[0], params, frozen
+
+
+def make_plan(cfg: Config, mesh: Mesh) -> Plan:
+    """The step of a configuration on a mesh."""
+    check_trainable(cfg)
+    files = find_files(cfg)
+    every = make_sampler(cfg)
     prefix, sampler = split_prefix(cfg, every)
     cached = caches_prefix(cfg, prefix)
     executed = sampler if cached else every
-    experts = sorted({phase.expert for phase in executed.phases})
-    networks, params, frozen = _networks(cfg, mesh, experts, vae, text, detector, embedder)
-    tx, schedule = optimizer(cfg, 1000), learning_rate(cfg, 1000)
+    networks, params, frozen = abstract_networks(cfg, mesh, executed.experts, files)
+    tx, schedule = optimizer(cfg, UPDATES), learning_rate(cfg, UPDATES)
     places = state_places(params, tx, cfg, mesh)
     state = _placed(jax.eval_shape(lambda p: create_state(p, tx), params), places)
-    frozen = Frozen(*(_placed(states, frozen_places(states, cfg, mesh)) for states in (frozen.rest, frozen.reference)))
+    frozen = _placed(frozen, frozen_places(cfg, frozen, mesh))
 
+    vae, embedder = (describe(cfg, name, files[name]) for name in ("vae", "embedder"))
     frames, height, width = video_size(cfg)
-    st, sh, sw = vae.stride
-    latents = ((frames - 1) // st + 1, height // sh, width // sw)
-    count, micro = cfg.gradient_accumulation_steps, samples_an_update(cfg, mesh) // cfg.gradient_accumulation_steps
-
-    def samples(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, micro, *shape), dtype, sharding=micro_batches(mesh))
-
-    channels = dit.out_dim if dit.first_frame_in_latents else dit.in_dim - dit.out_dim
-    batch = {
-        "sample": samples(dtype=jnp.int32),
-        "noise_index": samples(dtype=jnp.int32),
-        "y": samples(*latents, channels),
-        "pool": samples(frames, embedder.embedding),
-    }
-    if "text_encoder" in cfg.trained:
-        batch |= {name: samples(dit.text_len, dtype=jnp.int32) for name in ("ids", "mask")}
-    else:
-        batch["context"] = samples(dit.text_len, dit.text_dim)
-    if sampler.guided:
-        batch["negative_context"] = jax.ShapeDtypeStruct(
-            (count, 1, dit.text_len, dit.text_dim), jnp.float32, sharding=replicated(mesh)
-        )
+    time, rows, columns = vae.stride
+    latents = ((frames - 1) // time + 1, height // rows, width // columns)
+    batch = _batch(cfg, sampler, mesh, latents, pool=(frames, embedder.embedding))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     before = None
-    if prefix.phases and not cached:
+    if prefix.spans and not cached:
         arguments = (*prefix_arguments(prefix, frozen, batch), key)
         before = jit_prefix(networks, prefix, mesh, mode=cfg.noise.mode), arguments
-    if prefix.phases:
-        batch["prefix"] = samples(*latents, dit.out_dim)
+    if prefix.spans:
+        batch["prefix"] = _of_samples(cfg, mesh, *latents, sampler.dit.out_dim)
     return Plan(
-        mesh,
-        jit_step(cfg, networks, sampler, tx, schedule, places),
-        (state, frozen, batch, key),
-        before,
-        executed,
-        latents,
-        count * micro,
-        vae,
-        detector,
-        embedder,
-        frames,
-        height,
-        width,
+        mesh=mesh,
+        step=jit_step(cfg, networks, sampler, tx, schedule, places),
+        args=(state, frozen, batch, key),
+        prefix=before,
+        sampler=executed,
+        latents=latents,
+        samples=samples_per_update(cfg, mesh),
+        vae=vae,
+        detector=describe(cfg, "detector", files["detector"]),
+        embedder=embedder,
+        frames=frames,
+        height=height,
+        width=width,
     )
 
 
-def _describe(kind: str, files: list[str] | None, published: Any) -> Any:
-    return store.describe(kind, files) if files else published
+def _of_samples(cfg: Config, mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    """An array with one row for each video of an update, micro-batches first."""
+    lead = (cfg.gradient_accumulation_steps, micro_batch(cfg, mesh))
+    return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=micro_batches(mesh))
+
+
+def _batch(
+    cfg: Config, sampler: Sampler, mesh: Mesh, latents: tuple[int, int, int], *, pool: tuple[int, int]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    dit, conditioning = sampler.dit, conditioning_of(sampler.dit)
+    assert conditioning is not None
+    batch = {
+        "clip": _of_samples(cfg, mesh, dtype=jnp.int32),
+        "noise_index": _of_samples(cfg, mesh, dtype=jnp.int32),
+        "y": _of_samples(cfg, mesh, *latents, conditioning.channels),
+        "pool": _of_samples(cfg, mesh, *pool),
+    }
+    if "text_encoder" in cfg.trained:
+        batch |= {name: _of_samples(cfg, mesh, dit.text_len, dtype=jnp.int32) for name in ("ids", "mask")}
+    else:
+        batch["context"] = _of_samples(cfg, mesh, dit.text_len, dit.text_dim)
+    if sampler.guided:
+        shape = (cfg.gradient_accumulation_steps, 1, dit.text_len, dit.text_dim)
+        batch["negative_context"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=replicated(mesh))
+    return batch
 
 
 def _placed(tree: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
-
-
-def _networks(
-    cfg: Config,
-    mesh: Mesh,
-    experts: Sequence[str],
-    vae: VAEConfig,
-    text: UMT5Config,
-    detector: SCRFDConfig,
-    embedder: IResNetConfig,
-) -> tuple[Networks, States, Frozen]:
-    """Shapes of all networks of the step, in the types in which `load_networks` keeps them."""
-    dtype = jnp.dtype(cfg.dtype)
-    kernel = kernel_for(cfg.attention, mesh.devices.flat[0].platform)
-    found: list[Networks] = []
-
-    def kept(kind: str, sizes: Any, stored: str | None, **options: Any) -> Any:
-        graph, weights = nnx.split((store.SAFETENSORS.get(kind) or store.ONNX[kind]).build(sizes, **options))
-        return nnx.merge(graph, jax.tree.map(lambda x: x.astype(stored or x.dtype), weights))
-
-    def build() -> tuple[States, Frozen]:
-        dits = {}
-        for name in experts:
-            dit = kept(
-                "dit", DIT_PRESETS[cfg.preset], cfg.dtype,
-                dtype=dtype, remat_policy=cfg.policy, kernel=kernel, stream=cfg.streams(name),
-            )  # fmt: skip
-            dits[name] = quantize(dit) if cfg.quantizes(name) else dit
-        stored = "float32" if "vae" in cfg.trained else cfg.dtype
-        networks, params, frozen = split_networks(
-            cfg,
-            dits=dits,
-            vae=kept("vae", vae, stored, dtype=dtype, remat=cfg.policy != "none", caches=cfg.vae_caches),
-            reward=FaceReward(kept("scrfd", detector, None), kept("arcface", embedder, None), cfg.reward),
-            text_encoder=kept("umt5", text, cfg.dtype, dtype=dtype) if "text_encoder" in cfg.trained else None,
-        )
-        found.append(networks)
-        return params, frozen
-
-    params, frozen = jax.eval_shape(build)
-    return found[0], params, frozen
 
 
 def bytes_per_device(tree: Any, *, host: bool = False) -> int:

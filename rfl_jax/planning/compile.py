@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rfl_jax.chips import GIB, Chip, chip_of
 from rfl_jax.config import Config
 from rfl_jax.models.wan.vae import VAE
 from rfl_jax.planning.abstract import Plan, bytes_per_device
-from rfl_jax.planning.chips import GIB, Chip, chip_of
 from rfl_jax.planning.hlo import Traffic, collectives
 from rfl_jax.rewards.arcface import CROP, IResNet
 from rfl_jax.rewards.scrfd import SCRFD

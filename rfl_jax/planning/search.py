@@ -7,19 +7,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from rfl_jax.chips import chip_of
 from rfl_jax.config import Config
-from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.planning.abstract import Plan, bytes_per_device, make_plan, on_devices
-from rfl_jax.planning.chips import chip_of
 from rfl_jax.planning.compile import Report, compile_plan, least_seconds
 from rfl_jax.remat import NAMES
-from rfl_jax.training.step import caches_prefix, make_sampler, split_prefix
+from rfl_jax.sampling.sampler import caches_prefix, make_sampler, split_prefix
 
 Changes = dict[str, Any]
 
 # What saves memory, the cheapest first. Weights in host memory come over a link whose speed no bound here knows: they
 # are tried when nothing else fits.
-MEASURES: tuple[Changes, ...] = (
+SAVINGS: tuple[Changes, ...] = (
     {},
     {"vae_caches": "recompute"},
     {"frozen_memory": "pinned_host", "optimizer_memory": "pinned_host"},
@@ -66,8 +65,8 @@ def changed(cfg: Config, changes: Changes) -> Config:
 
 
 def variants(cfg: Config, devices: int) -> Iterator[Changes]:
-    """Meshes that the batch fills, every policy, the prefix cached where it can be, measures against memory."""
-    prefix = split_prefix(cfg, make_sampler(cfg, DIT_PRESETS[cfg.preset]))[0]
+    """Meshes that the batch fills, every policy, the prefix cached where it can be, ways to save memory."""
+    prefix = split_prefix(cfg, make_sampler(cfg))[0]
     cache = changed(cfg, {"noise.prefix_cache": "auto"})
     common: Changes = {}
     if cache != cfg and caches_prefix(cache, prefix) and not caches_prefix(cfg, prefix):
@@ -78,11 +77,11 @@ def variants(cfg: Config, devices: int) -> Iterator[Changes]:
         if cfg.train_batch_size % (groups * cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps):
             continue
         for policy in NAMES:
-            for measure in MEASURES:
-                if policy == "none" and "vae_caches" in measure:
+            for saving in SAVINGS:
+                if policy == "none" and "vae_caches" in saving:
                     continue  # nothing is rematerialised
                 changes = {"mesh.data": 1, "mesh.fsdp": groups, "mesh.context": context, "remat_policy": policy}
-                changes |= common | measure
+                changes |= common | saving
                 variant = changed(cfg, changes)
                 if variant not in seen:
                     seen.add(variant)
@@ -96,7 +95,7 @@ def least_bytes(cfg: Config, plan: Plan) -> int:
     tokens = math.prod(plan.latents) // math.prod(sizes.patch_size)
     devices = cfg.mesh.context * cfg.mesh.data * cfg.mesh.fsdp
     block = plan.samples // cfg.gradient_accumulation_steps * tokens * sizes.dim * jnp.dtype(cfg.dtype).itemsize
-    steps = sum(phase.stop - phase.start for phase in plan.sampler.phases if phase.gradient)
+    steps = sum(span.stop - span.start for span in plan.sampler.spans if span.gradient)
     kept = kept_by_block(cfg.policy, sizes.ffn_dim / sizes.dim) * sizes.num_layers * block
     # "nested" keeps one denoising step's.
     return resident + int(kept * (1 if cfg.policy == "nested" else steps) / devices)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from rfl_jax.data.videos import encode_video
 from rfl_jax.errors import UserError
+from rfl_jax.runs import RunFolder
 
 # Larger videos are scaled down and encoded anew for the page.
 EMBEDDED_BYTES, EMBEDDED_SIDE, EMBEDDED_CRF = 400_000, 480, 28
@@ -28,7 +29,7 @@ class Run:
     validation, evaluation, profile: their files' content; None where there is none yet.
     """
 
-    folder: epath.Path
+    folder: RunFolder
     config: dict[str, Any]
     about: dict[str, Any]
     lines: list[dict[str, Any]]
@@ -48,32 +49,31 @@ class Run:
     @property
     def samples(self) -> list[epath.Path]:
         """Videos of training, in their order."""
-        folder = self.folder / "samples"
+        folder = self.folder.samples
         return sorted(f for f in folder.iterdir() if f.name.endswith(".mp4")) if folder.is_dir() else []
 
 
-def read_run(folder: epath.Path) -> Run:
+def read_run(folder: RunFolder) -> Run:
     """Reads a run as it is now.
 
     Raises:
         UserError: the folder is no run's, or a file of it cannot be read.
     """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: expected the folder of a run, with its config.json")
-    evaluation = _json(folder / "evaluation.json")
+    config = folder.read_config()
+    evaluation = _json(folder.evaluation)
     if evaluation and "statistics" not in evaluation:
         raise UserError(
-            f"{folder}/evaluation.json: expected statistics, which earlier releases did not write: "
+            f"{folder.evaluation}: expected statistics, which earlier releases did not write: "
             f"python -m rfl_jax.evaluate --workdir={folder} makes it anew"
         )
     return Run(
         folder,
-        _json(folder / "config.json") or {},
-        _json(folder / "run.json") or {},
-        _lines(folder / "metrics.jsonl"),
-        _json(folder / "validation.json"),
+        config,
+        _json(folder.about) or {},
+        _lines(folder.metrics),
+        _json(folder.validation),
         evaluation,
-        _json(folder / "profile.json"),
+        _json(folder.profile),
     )
 
 

@@ -1,4 +1,4 @@
-"""The page of a run: figures, plots and videos in one file that needs nothing else."""
+"""The page of a run: numbers, plots and videos in one file that needs nothing else."""
 
 import json
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ import jinja2
 
 from rfl_jax.config import Config, plain
 from rfl_jax.evaluation import plots
-from rfl_jax.evaluation.figures import FIGURES
+from rfl_jax.evaluation.measures import MEASURES
 from rfl_jax.reporting.collect import Run, changed, embed
 
 WAYS = ("reference", "base", "tuned")
@@ -30,11 +30,11 @@ def render(run: Run, *, most: int) -> str:
     )  # fmt: skip
     return environment.get_template("page.html.j2").render(
         run=run,
-        name=run.folder.name,
+        name=run.folder.path.name,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         done=run.steps >= run.total > 0,
         alarms=[entry for entry in (run.validation or {}).get("validations", []) if entry["alarm"]],
-        figures=_figures(run),
+        measures=_measures(run),
         charts=_charts(run),
         clips=_clips(run, most),
         clips_in_all=len(run.evaluation["clips"]) if run.evaluation else 0,
@@ -46,21 +46,21 @@ def render(run: Run, *, most: int) -> str:
     )
 
 
-def _figures(run: Run) -> list[dict[str, Any]]:
+def _measures(run: Run) -> list[dict[str, Any]]:
     """Rows of the table: the numbers of evaluation.json."""
     if not run.evaluation:
         return []
     rows = []
-    for name, figure in FIGURES.items():
+    for name, measure in MEASURES.items():
         base, tuned = (run.evaluation[name][way] for way in ("base", "tuned"))
         change = tuned - base
-        good = {"higher": 1, "lower": -1}.get(figure.better, 0) * change
+        good = {"higher": 1, "lower": -1}.get(measure.better, 0) * change
         rows.append(
             {
                 "name": name,
-                "title": figure.title,
-                "unit": figure.unit,
-                "better": figure.better,
+                "title": measure.title,
+                "unit": measure.unit,
+                "better": measure.better,
                 "base": base,
                 "tuned": tuned,
                 "change": change,
@@ -127,9 +127,9 @@ def _clips(run: Run, most: int) -> list[dict[str, Any]]:
         videos = [
             {
                 "way": way,
-                "source": embed(run.folder / clip[way]["file"]),
+                "source": embed(run.folder.path / clip[way]["file"]),
                 "frames": json.dumps(clip[way]["frames"]),
-                "figures": {k: clip[way].get(k) for k in ("face_sim", "judge_sim", "motion", "copying")},
+                "measures": {k: clip[way].get(k) for k in ("face_sim", "judge_sim", "motion", "copying")},
             }
             for way in WAYS
         ]

@@ -2,15 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rfl_jax.sampling.schedule import TRAIN_TIMESTEPS, Phase
+from rfl_jax.sampling.phases import phase_scope
+from rfl_jax.sampling.schedule import TRAIN_TIMESTEPS, Span
 
 Latents = Float[Array, "b t h w c"]
 Velocity = Callable[[Latents, Float[Array, " b"]], Latents]
@@ -33,8 +32,8 @@ class Expert:
 
 
 @dataclasses.dataclass
-class Rollout:
-    """What a rollout leaves.
+class Denoised:
+    """What `rollout` gives.
 
     Attributes:
         latents: after the last step.
@@ -47,35 +46,26 @@ class Rollout:
     kl: Float[Array, "g b"]
 
 
-jax.tree_util.register_dataclass(Rollout, ["latents", "trajectory", "kl"], [])
-
-
-# Parts of a step by which profiles divide its time; operators carry the name in theirs.
-PHASES = ("prefix", "no_grad_steps", "grad_steps", "vae", "reward", "optimizer")
-
-
-def phase_scope(name: str) -> AbstractContextManager[Any]:
-    """Names the operators traced under it as those of a phase, one of `PHASES`."""
-    return jax.named_scope(f"rfl.{name}")
+jax.tree_util.register_dataclass(Denoised, ["latents", "trajectory", "kl"], [])
 
 
 def rollout(
     experts: Mapping[str, Expert],
     noise: Latents,
-    levels: Float[np.ndarray, " n"],
-    phases: Sequence[Phase],
+    sigmas: Float[np.ndarray, " n"],
+    spans: Sequence[Span],
     *,
     keep: Callable[[Latents], Latents] = lambda x: x,
     nested: bool = False,
     unroll: bool = False,
-) -> Rollout:
-    """Euler steps `x + (sigma[i+1] - sigma[i]) * v(x, t[i])` over the phases, each one `lax.scan`.
+) -> Denoised:
+    """Euler steps `x + (sigma[i+1] - sigma[i]) * v(x, t[i])` over the spans, each one `lax.scan`.
 
     Args:
-        experts: by the names that phases use.
+        experts: by the names that spans use.
         noise: latents at sigma 1, float32.
-        levels: sigmas, one more than steps.
-        phases: from `plan_phases`. Latents are cut off from the gradient before the first phase that has one.
+        sigmas: noise levels, one more than steps.
+        spans: from `plan_spans`. Latents are cut off from the gradient before the first span that has one.
         keep: applied to the latents before the first and after every step (TI2V writes the first frame back).
         nested: rematerialise whole steps with gradient, so that the activations of one at a time are kept.
         unroll: write the steps with gradient out instead of looping.
@@ -83,11 +73,11 @@ def rollout(
     b = noise.shape[0]
     x = keep(noise)
     trajectory, kl = [], [jnp.zeros((0, b))]
-    for phase in phases:
-        expert = experts[phase.expert]
-        velocity = expert.velocity if phase.gradient else expert.frozen
-        reference = expert.reference if phase.gradient else None
-        if not phase.gradient:
+    for span in spans:
+        expert = experts[span.expert]
+        velocity = expert.velocity if span.gradient else expert.frozen
+        reference = expert.reference if span.gradient else None
+        if not span.gradient:
             x = jax.lax.stop_gradient(x)
 
         def step(
@@ -107,13 +97,13 @@ def rollout(
             x = keep(x + (following - sigma) * v)
             return x, (x, divergence)
 
-        body = jax.checkpoint(step, prevent_cse=False) if nested and phase.gradient else step
-        steps = (jnp.asarray(levels[phase.start : phase.stop]), jnp.asarray(levels[phase.start + 1 : phase.stop + 1]))
-        with phase_scope("grad_steps" if phase.gradient else "no_grad_steps"):
-            x, (states, divergences) = jax.lax.scan(body, x, steps, unroll=unroll and phase.gradient)
-        if not phase.gradient:
+        body = jax.checkpoint(step, prevent_cse=False) if nested and span.gradient else step
+        steps = (jnp.asarray(sigmas[span.start : span.stop]), jnp.asarray(sigmas[span.start + 1 : span.stop + 1]))
+        with phase_scope("grad_steps" if span.gradient else "no_grad_steps"):
+            x, (states, divergences) = jax.lax.scan(body, x, steps, unroll=unroll and span.gradient)
+        if not span.gradient:
             x, states = jax.lax.stop_gradient(x), jax.lax.stop_gradient(states)
         else:
             kl.append(divergences)
         trajectory.append(states)
-    return Rollout(x, jnp.concatenate(trajectory), jnp.concatenate(kl))
+    return Denoised(x, jnp.concatenate(trajectory), jnp.concatenate(kl))

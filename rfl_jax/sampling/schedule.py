@@ -8,14 +8,14 @@ from jaxtyping import Float
 TRAIN_TIMESTEPS = 1000
 
 
-def sigmas(steps: int, shift: float) -> Float[np.ndarray, " n"]:
+def make_sigmas(steps: int, shift: float) -> Float[np.ndarray, " n"]:
     """`steps + 1` noise levels from 1 to 0 (ROLL reward_fl/euler.py): s = linspace(1, 0), shift*s / (1 + (shift-1)*s)."""
     s = np.linspace(1.0, 0.0, steps + 1)
     return (shift * s / (1 + (shift - 1) * s)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class Span:
     """Consecutive steps of one expert, all with gradient or all without.
 
     Attributes:
@@ -39,21 +39,21 @@ def experts_at(timesteps: Float[np.ndarray, " s"], boundary: float | None) -> li
     return ["dit" if boundary is None or t >= edge else "dit2" for t in timesteps]
 
 
-def plan_phases(levels: Float[np.ndarray, " n"], *, boundary: float | None, mid: int, final: int) -> tuple[Phase, ...]:
-    """Splits steps 0..final into phases.
+def plan_spans(sigmas: Float[np.ndarray, " n"], *, boundary: float | None, mid: int, final: int) -> tuple[Span, ...]:
+    """Splits steps 0..final into spans.
 
     Args:
-        levels: from `sigmas`.
+        sigmas: from `make_sigmas`.
         boundary: between the networks, as in `experts_at`.
         mid: first step with gradient.
         final: last step that is run.
     """
-    phases: list[Phase] = []
-    for i, expert in enumerate(experts_at(levels[: final + 1] * TRAIN_TIMESTEPS, boundary)):
+    spans: list[Span] = []
+    for i, expert in enumerate(experts_at(sigmas[: final + 1] * TRAIN_TIMESTEPS, boundary)):
         gradient = i >= mid
-        last = phases[-1] if phases else None
+        last = spans[-1] if spans else None
         if last and (last.expert, last.gradient) == (expert, gradient):
-            phases[-1] = dataclasses.replace(last, stop=i + 1)
+            spans[-1] = dataclasses.replace(last, stop=i + 1)
         else:
-            phases.append(Phase(expert, i, i + 1, gradient))
-    return tuple(phases)
+            spans.append(Span(expert, i, i + 1, gradient))
+    return tuple(spans)

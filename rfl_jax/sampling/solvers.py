@@ -4,12 +4,12 @@ Training takes Euler steps inside its program (`rollout`); sampling takes either
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Float
 
-from rfl_jax.sampling.schedule import TRAIN_TIMESTEPS, sigmas
+from rfl_jax.sampling.schedule import TRAIN_TIMESTEPS, make_sigmas
 
 SOLVERS = ("euler", "unipc")
 # UniPC's order: it looks back at one step (the official pipeline's `solver_order`).
@@ -18,6 +18,7 @@ ORDER = 2
 Latents = Float[Array, "b t h w c"]
 
 
+@runtime_checkable
 class Solver(Protocol):
     """Takes the steps of one batch, once."""
 
@@ -39,30 +40,30 @@ def make_solver(name: str, steps: int, shift: float) -> Solver:
         steps: denoising steps.
         shift: of the sigma schedule.
     """
-    return Euler(sigmas(steps, shift)) if name == "euler" else UniPC(unipc_levels(steps, shift))
+    return Euler(make_sigmas(steps, shift)) if name == "euler" else UniPC(unipc_sigmas(steps, shift))
 
 
 @dataclasses.dataclass
 class Euler:
     """`x + (sigma[i+1] - sigma[i]) * v`, as in training."""
 
-    levels: Float[np.ndarray, " n"]
+    sigmas: Float[np.ndarray, " n"]
 
     @property
     def timesteps(self) -> Float[np.ndarray, " s"]:
-        return self.levels[:-1] * np.float32(TRAIN_TIMESTEPS)
+        return self.sigmas[:-1] * np.float32(TRAIN_TIMESTEPS)
 
     def step(self, i: int, velocity: Latents, x: Latents) -> Latents:
-        return x + (self.levels[i + 1] - self.levels[i]) * velocity
+        return x + (self.sigmas[i + 1] - self.sigmas[i]) * velocity
 
 
-def unipc_levels(steps: int, shift: float) -> Float[np.ndarray, " n"]:
+def unipc_sigmas(steps: int, shift: float) -> Float[np.ndarray, " n"]:
     """UniPC's sigmas: from just below 1, where the logarithm of the signal's share still exists, to 0
     (diffusers `UniPCMultistepScheduler` with `use_flow_sigmas`).
     """
     s = np.linspace(1, 1 / TRAIN_TIMESTEPS, steps + 1)[:-1]
-    levels = shift * s / (1 + (shift - 1) * s)
-    return np.append(np.minimum(levels, 1 - 1e-6), 0).astype(np.float32)
+    sigmas = shift * s / (1 + (shift - 1) * s)
+    return np.append(np.minimum(sigmas, 1 - 1e-6), 0).astype(np.float32)
 
 
 class UniPC:
@@ -72,14 +73,14 @@ class UniPC:
     and the last predictions are of order 1.
 
     Args:
-        levels: from `unipc_levels`.
+        sigmas: from `unipc_sigmas`.
     """
 
-    def __init__(self, levels: Float[np.ndarray, " n"]) -> None:
-        self.levels = levels
-        alphas = np.float32(1) - levels
+    def __init__(self, sigmas: Float[np.ndarray, " n"]) -> None:
+        self.sigmas = sigmas
+        alphas = np.float32(1) - sigmas
         with np.errstate(divide="ignore"):
-            self._lambdas = np.log(alphas.astype(np.float64)) - np.log(levels.astype(np.float64))
+            self._lambdas = np.log(alphas.astype(np.float64)) - np.log(sigmas.astype(np.float64))
         self._alphas = alphas.astype(np.float64)
         self._clean: list[Latents] = []  # predictions of the last two steps, the latest last
         self._start: Latents | None = None  # where the last step began, corrected
@@ -88,15 +89,15 @@ class UniPC:
     @property
     def timesteps(self) -> Float[np.ndarray, " s"]:
         # Whole numbers: the official pipelines cut the rest off.
-        return np.floor(self.levels[:-1].astype(np.float64) * TRAIN_TIMESTEPS).astype(np.float32)
+        return np.floor(self.sigmas[:-1].astype(np.float64) * TRAIN_TIMESTEPS).astype(np.float32)
 
     def step(self, i: int, velocity: Latents, x: Latents) -> Latents:
-        clean = x - self.levels[i] * velocity
+        clean = x - self.sigmas[i] * velocity
         if self._start is not None:
             x = self._move(i - 1, self._start, self._order, following=clean)
         self._clean = [*self._clean[-(ORDER - 1) :], clean]
         self._start = x
-        self._order = min(ORDER, i + 1, len(self.levels) - 1 - i)
+        self._order = min(ORDER, i + 1, len(self.sigmas) - 1 - i)
         return self._move(i, x, self._order)
 
     def _move(self, i: int, x: Latents, order: int, following: Latents | None = None) -> Latents:
@@ -118,7 +119,7 @@ class UniPC:
             slope = np.float32(weights[-1]) * (following - now)
             if before is not None:
                 slope = slope + np.float32(weights[0]) * before
-        scale = np.float32(self.levels[i + 1] / self.levels[i])
+        scale = np.float32(self.sigmas[i + 1] / self.sigmas[i])
         amount = np.float32(self._alphas[i + 1] * growth)
         return scale * x - amount * (now + slope)
 

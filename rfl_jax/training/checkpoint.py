@@ -8,13 +8,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rfl_jax.errors import UserError
+from rfl_jax.errors import UserError, first_line
 from rfl_jax.files import absolute, array_handler
 from rfl_jax.training.state import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one workdir.
+    """The checkpoints in one folder; leaving the `with` block waits until all are written.
 
     Args:
         directory: folder; made when the first checkpoint is written.
@@ -27,6 +27,13 @@ class Checkpoints:
         handlers = {"state": array_handler(), "run": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(absolute(directory), options=options, item_handlers=handlers)
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
     def latest(self) -> int | None:
         """The last step that was written whole."""
         return self._manager.latest_step()
@@ -36,8 +43,8 @@ class Checkpoints:
         for later in [s for s in self._manager.all_steps() if s > step]:
             self._manager.delete(later)
 
-    def save(self, step: int, state: TrainState, key: jax.Array, data: dict) -> None:
-        """Starts writing; `close` waits for the end."""
+    def save(self, step: int, state: TrainState, key: jax.Array, data: dict[str, Any]) -> None:
+        """Starts writing, unless that step is there."""
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(
@@ -46,7 +53,7 @@ class Checkpoints:
         )
         self._manager.save(step, args=items)
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, np.ndarray, dict]:
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, np.ndarray, dict[str, Any]]:
         """State with the shapes and shardings of `like`, the random key's data, and the data iterator's state.
 
         Raises:
@@ -68,13 +75,8 @@ class Checkpoints:
         try:
             values = self._manager.restore(step, args=items)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            line = (str(error).splitlines() or [""])[0][:200]
-            raise UserError(f"{self._directory}/{step}: cannot be read ({line})") from None
+            raise UserError(f"{self._directory}/{step}: cannot be read ({first_line(error)[:200]})") from None
         return values["state"], np.array(values["run"]["key"], np.uint32), values["run"]["data"]
-
-    def close(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -83,6 +85,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def iterator_state(iterator: Any) -> dict:
+def iterator_state(iterator: Any) -> dict[str, Any]:
     """A Grain iterator's place as JSON."""
     return json.loads(json.dumps(iterator.get_state()))

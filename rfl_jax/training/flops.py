@@ -6,7 +6,7 @@ import numpy as np
 
 from rfl_jax.config import Config
 from rfl_jax.models.wan.config import DiTConfig
-from rfl_jax.training.step import Sampler
+from rfl_jax.sampling.sampler import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,12 @@ def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, int]:
     """How often one micro-batch takes each DiT's weights: forward, for the reference, again under remat, backward."""
     count: dict[str, int] = {}
     again = {"none": 0, "nested": 2}.get(cfg.policy, 1)
-    for phase in sampler.phases:
+    for span in sampler.spans:
         passes = 1
-        if phase.gradient:
-            passes = (2 if phase.expert in cfg.trained else 1) + again + 1
-        passes *= (phase.stop - phase.start) * sampler.predictions(phase.expert)
-        count[phase.expert] = count.get(phase.expert, 0) + passes
+        if span.gradient:
+            passes = (2 if span.expert in cfg.trained else 1) + again + 1
+        passes *= (span.stop - span.start) * sampler.predictions(span.expert)
+        count[span.expert] = count.get(span.expert, 0) + passes
     return count
 
 
@@ -63,14 +63,14 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
     tokens = int(np.prod(latents)) // int(np.prod(sampler.dit.patch_size))
     one = dit_forward(sampler.dit, tokens)
     needed = executed = 0.0
-    for phase in sampler.phases:
-        passes = float(phase.stop - phase.start) * sampler.predictions(phase.expert)
-        if not phase.gradient:
+    for span in sampler.spans:
+        passes = float(span.stop - span.start) * sampler.predictions(span.expert)
+        if not span.gradient:
             needed += passes * one.total
             executed += passes * one.total
             continue
-        forward = one.total * (2 if phase.expert in cfg.trained else 1)
-        backward = one.linear * (2 if cfg.trains_in_full(phase.expert) else 1)
+        forward = one.total * (2 if span.expert in cfg.trained else 1)
+        backward = one.linear * (2 if cfg.trains_in_full(span.expert) else 1)
         again = {"none": 0.0, "save_attention": one.linear, "nested": 2 * one.total}.get(cfg.policy, one.total)
         needed += passes * (forward + backward + 2 * one.attention)
         executed += passes * (forward + backward + 2.5 * one.attention + again)

@@ -4,45 +4,26 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
-from etils import epath
 from jax.profiler import ProfileData
 
+from rfl_jax.config import Config
 from rfl_jax.files import is_remote, write_whole
 from rfl_jax.hosts import is_writer
-from rfl_jax.sampling.rollout import PHASES
+from rfl_jax.runs import RunFolder
+from rfl_jax.sampling.phases import PHASES
+from rfl_jax.training.progress import Progress
+from rfl_jax.training.update import Compiled, Update
 
 OTHER = "other"
 # Operators whose time is that of the operators they hold.
 _CONTROL = ("while", "conditional", "call", "async")
 _PHASE = re.compile(r"rfl\.(" + "|".join(PHASES) + r")\b")
 _OPERATOR = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', re.MULTILINE)
-
-
-class Compiled:
-    """A jitted function that keeps the text of the programs it became.
-
-    Args:
-        jitted: to be called as it would be.
-    """
-
-    def __init__(self, jitted: Any) -> None:
-        self._jitted = jitted
-        self._programs: dict[Any, Any] = {}
-
-    def __call__(self, *args: Any) -> Any:
-        leaves, structure = jax.tree.flatten(args)
-        key = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-        if key not in self._programs:
-            self._programs[key] = self._jitted.lower(*args).compile()
-        return self._programs[key](*args)
-
-    def texts(self) -> list[str]:
-        return [program.as_text() for program in self._programs.values()]
 
 
 def phases_of(texts: Iterable[str]) -> dict[tuple[str, str], str]:
@@ -56,8 +37,16 @@ def phases_of(texts: Iterable[str]) -> dict[tuple[str, str], str]:
     return found
 
 
-def _operators(trace: ProfileData) -> Iterator[list[tuple[int, int, str, str]]]:
-    """Of each line of a trace its operators: start and end in ns, module, name. Of accelerators if it has any."""
+@runtime_checkable
+class Trace(Protocol):
+    """What is read of a `jax.profiler.ProfileData`: planes of lines of events."""
+
+    @property
+    def planes(self) -> Iterable[Any]: ...
+
+
+def _operators(trace: Trace) -> Iterator[list[tuple[int, int, str, str]]]:
+    """The operators of each line of a trace: start and end in ns, module, name. Those of accelerators, if it has any."""
     planes = list(trace.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:") and "CPU" not in plane.name]
     for plane in devices or planes:
@@ -96,7 +85,7 @@ def self_times(operators: list[tuple[int, int, str, str]]) -> list[tuple[str, st
     return found
 
 
-def shares(traces: Iterable[ProfileData], phases: dict[tuple[str, str], str]) -> dict[str, float]:
+def shares(traces: Iterable[Trace], phases: dict[tuple[str, str], str]) -> dict[str, float]:
     """Share of each phase in the operators' time, in the order of `PHASES`, then the rest."""
     modules = {module for module, _ in phases}
     busy: dict[str, float] = {}
@@ -117,17 +106,29 @@ class Profiler:
     """Traces the steps that `profile.steps` names and writes profile.json.
 
     Args:
-        steps: first and last; None for none.
-        workdir: of the run; the trace itself goes to its profile/, for TensorBoard or xprof.
-        programs: of the step.
+        cfg: of the run.
+        folder: of the run; the trace itself goes to its profile/, for TensorBoard or xprof.
+        update: whose programs, `Compiled`, are traced.
+        note: shows a line.
     """
 
-    def __init__(self, steps: tuple[int, int] | None, workdir: epath.Path, programs: list[Compiled]) -> None:
-        self._steps = steps
-        self._workdir = workdir
-        self._programs = programs
+    def __init__(self, cfg: Config, folder: RunFolder, update: Update, note: Callable[[str], None]) -> None:
+        self._steps = cfg.profile.steps
+        self._folder = folder
+        self._programs = [program for program in (update.step, update.prefix) if isinstance(program, Compiled)]
+        self._note = note
         self._local: Path | None = None
-        self._figures: list[dict[str, Any]] = []
+        self._lines: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends a trace that an interruption left open."""
+        if self._local is not None:
+            jax.profiler.stop_trace()
+            shutil.rmtree(self._local)
+            self._local = None
 
     def before(self, step: int) -> None:
         """Begins the trace if this is the first step of it. The program is compiled by then, unless it is step 1."""
@@ -135,45 +136,42 @@ class Profiler:
             self._local = Path(tempfile.mkdtemp())
             jax.profiler.start_trace(str(self._local))
 
-    def after(self, step: int, figures: dict[str, Any]) -> dict[str, Any] | None:
-        """Takes a step's figures; after the last traced step returns what profile.json says."""
-        if self._local is None or not self._steps:
-            return None
-        self._figures.append(figures)
-        if step < self._steps[1]:
-            return None
-        jax.profiler.stop_trace()
-        local, self._local = self._local, None
-        files = sorted(local.rglob("*.xplane.pb"))
+    def after(self, progress: Progress, line: dict[str, Any], *, stopping: bool) -> dict[str, Any]:
+        """Takes a step's metrics; after the last traced step writes profile.json."""
+        del stopping
+        if self._local is not None and self._steps:
+            self._lines.append(line)
+            if progress.step >= self._steps[1]:
+                jax.profiler.stop_trace()
+                local, self._local = self._local, None
+                self._finish(local, self._steps)
+                shutil.rmtree(local)
+        return {}
+
+    def _finish(self, local: Path, steps: tuple[int, int]) -> None:
         found = shares(
-            (ProfileData.from_file(str(file)) for file in files),
+            (ProfileData.from_file(str(file)) for file in sorted(local.rglob("*.xplane.pb"))),
             phases_of(text for program in self._programs for text in program.texts()),
         )
-        seconds = sum(f["step_time_s"] for f in self._figures) / len(self._figures)
-        mfu = [f["mfu"] for f in self._figures if f["mfu"] is not None]
+        seconds = sum(line["step_time_s"] for line in self._lines) / len(self._lines)
+        mfu = [line["mfu"] for line in self._lines if line["mfu"] is not None]
+        phases = {phase: share * seconds for phase, share in found.items()}
         result = {
-            "steps": list(self._steps),
+            "steps": list(steps),
             "step_time_s": seconds,
             "mfu": sum(mfu) / len(mfu) if mfu else None,
-            "phases": {phase: share * seconds for phase, share in found.items()},
+            "phases": phases,
         }
         if is_writer():
             self._keep(local)
-            write_whole(self._workdir / "profile.json", json.dumps(result, indent=1) + "\n")
-        shutil.rmtree(local)
-        return result
+            write_whole(self._folder.profile, json.dumps(result, indent=1) + "\n")
+        times = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in phases.items())
+        self._note(f"steps {steps[0]}-{steps[1]}: {times}")
 
     def _keep(self, local: Path) -> None:
-        target = self._workdir / "profile"
-        if not is_remote(self._workdir):
+        target = self._folder.trace
+        if not is_remote(target):
             shutil.copytree(local, target, dirs_exist_ok=True)
             return
         for file in (f for f in local.rglob("*") if f.is_file()):
             write_whole(target / str(file.relative_to(local)), file.read_bytes())
-
-    def close(self) -> None:
-        """Ends a trace that an interruption left open."""
-        if self._local is not None:
-            jax.profiler.stop_trace()
-            shutil.rmtree(self._local)
-            self._local = None

@@ -1,36 +1,34 @@
 """Held-out clips judged while training runs: the best checkpoint, when to stop, and the alarm when the reward is hacked."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-from etils import epath
-
-from rfl_jax.config import EvalSection
-from rfl_jax.evaluation.figures import means
-from rfl_jax.evaluation.held_out import HeldOut, untrained
+from rfl_jax.config import Config, EvalSection
+from rfl_jax.evaluation.held_out import HeldOut
+from rfl_jax.evaluation.measures import means
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
-from rfl_jax.runs import BEST
+from rfl_jax.networks.parts import States
+from rfl_jax.runs import RunFolder
 from rfl_jax.training.checkpoint import Checkpoints
-from rfl_jax.training.setup import Setup
-from rfl_jax.training.state import States, TrainState
+from rfl_jax.training.progress import Progress
 
 # What decides which checkpoint is the best: the embedder that is not trained against.
 JUDGED_BY = "judge_sim"
-FILE = "validation.json"
+# What a validation adds to its step's metrics.
+VALIDATED = ("face_sim", "judge_sim", "motion", "copying", "face_fraction")
 
 
-def alarm(base: Mapping[str, float], course: Sequence[Mapping[str, float]], bounds: EvalSection) -> str:
+def alarm(base: Mapping[str, float], course: Sequence[Mapping[str, Any]], bounds: EvalSection) -> str:
     """What is wrong with a reward that rose; empty if nothing is.
 
     Args:
-        base: figures before training.
-        course: figures of the same clips at each validation so far. A reward that rose and fell again was climbed too.
+        base: measures before training.
+        course: measures of the same clips at each validation so far. A reward that rose and fell again was climbed too.
         bounds: on what may be lost by now.
     """
-    highest, now = max(figures["face_sim"] for figures in course), course[-1]
+    highest, now = max(measures["face_sim"] for measures in course), course[-1]
     if highest <= base["face_sim"]:
         return ""
     found = []
@@ -57,69 +55,87 @@ class Validation:
     """The validations of a run. Its record, validation.json, survives an interruption.
 
     Args:
-        run: with held-out clips.
-        workdir: of the run.
+        cfg: of the run.
+        held_out: its clips, compiled at the first validation.
+        folder: of the run.
         start: steps done; validations of later ones, whose checkpoint was lost, are forgotten.
+        note: shows a line.
     """
 
-    def __init__(self, run: Setup, workdir: epath.Path, start: int) -> None:
-        self._run = run
-        self._file = workdir / FILE
-        self.held_out = HeldOut(run)
-        self._best = Checkpoints(workdir / BEST, keep=1)
+    def __init__(
+        self, cfg: Config, held_out: HeldOut, folder: RunFolder, start: int, note: Callable[[str], None]
+    ) -> None:
+        self._cfg = cfg
+        self._file = folder.validation
+        self._note = note
+        self.held_out = held_out
+        self._best = Checkpoints(folder.best, keep=1)
         self._best.forget_after(start)
-        clips = [item.file.name for item in self.held_out.items[: run.cfg.eval.validation_samples]]
-        self.record: dict[str, Any] = {"clips": clips, "base": None, "validations": []}
+        clips = [clip.file.name for clip in self.held_out.clips[: self._cfg.eval.validation_samples]]
+        self._record: dict[str, Any] = {"clips": clips, "base": None, "validations": []}
         if self._file.exists():
             found = json.loads(self._file.read_text())
-            # Figures of other clips, or of clips prepared in another way, cannot be compared with.
+            # Measures of other clips, or of clips prepared in another way, cannot be compared with.
             if found["clips"] == clips:
                 kept = [entry for entry in found["validations"] if entry["step"] <= start]
-                self.record = {**found, "validations": kept}
+                self._record = {**found, "validations": kept}
+
+    def __enter__(self) -> "Validation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._best.__exit__()
 
     @property
-    def scores(self) -> list[float]:
-        return [entry[JUDGED_BY] for entry in self.record["validations"]]
+    def entries(self) -> list[dict[str, Any]]:
+        """The validations so far: "step", the measures, "alarm"."""
+        return self._record["validations"]
 
     @property
     def best_step(self) -> int | None:
-        """Of the best validation so far."""
-        entries = self.record["validations"]
-        return max(entries, key=lambda e: (e[JUDGED_BY], -e["step"]))["step"] if entries else None
+        """The step of the best validation so far."""
+        return max(self.entries, key=lambda e: (e[JUDGED_BY], -e["step"]))["step"] if self.entries else None
 
     @property
     def exhausted(self) -> bool:
         """Whether `early_stop` says that it is enough."""
-        patience = self._run.cfg.early_stop
-        return patience > 0 and without_progress(self.scores) >= patience
+        patience = self._cfg.early_stop
+        return patience > 0 and without_progress([entry[JUDGED_BY] for entry in self.entries]) >= patience
 
-    def knows(self, step: int) -> bool:
-        """Whether the weights after a step were judged."""
-        return any(entry["step"] == step for entry in self.record["validations"])
+    def before(self, step: int) -> None:
+        """Nothing to do."""
 
-    def _figures(self, params: States) -> dict[str, float]:
-        clips = []
-        for numbers in self.held_out.batches(self._run.cfg.eval.validation_samples):
-            clips += [one.figures() for one in self.held_out.sample(params, numbers)]
-        return means(clips)
+    def after(self, progress: Progress, line: Mapping[str, Any], *, stopping: bool) -> dict[str, Any]:
+        """Validates every `eval_every` steps, unless the run is about to be interrupted."""
+        del line
+        return {} if stopping or progress.step % self._cfg.eval_every else self._validate(progress)
 
-    def check(self, step: int, state: TrainState, key: jax.Array, data: dict) -> dict[str, Any]:
-        """Judges the weights after a step and keeps them if they are the best so far.
+    def make_up(self, progress: Progress) -> dict[str, Any]:
+        """The validation that an interruption did not wait for; empty if none is missing."""
+        due = progress.step > 0 and progress.step % self._cfg.eval_every == 0
+        known = any(entry["step"] == progress.step for entry in self.entries)
+        return self._validate(progress) if due and not known else {}
 
-        Returns:
-            Figures, and "alarm".
-        """
-        if self.record["base"] is None:
-            self.record["base"] = self._figures(untrained(self._run, state.params))
-        figures = self._figures(state.params)
-        course = [*self.record["validations"], figures]
-        entry = {"step": step, **figures, "alarm": alarm(self.record["base"], course, self._run.cfg.eval)}
-        self.record["validations"].append(entry)
-        if self.best_step == step:
-            self._best.save(step, state, key, data)
+    def _validate(self, progress: Progress) -> dict[str, Any]:
+        """Judges the weights after a step, keeps them if they are the best so far, and says what was found."""
+        params = progress.state.params
+        if self._record["base"] is None:
+            self._record["base"] = self._measure(self.held_out.untrained(params))
+        measures = self._measure(params)
+        warning = alarm(self._record["base"], [*self.entries, measures], self._cfg.eval)
+        self.entries.append({"step": progress.step, **measures, "alarm": warning})
+        if self.best_step == progress.step:
+            progress.save(self._best)
         if is_writer():
-            write_whole(self._file, json.dumps({**self.record, "best_step": self.best_step}, indent=1) + "\n")
-        return entry
+            write_whole(self._file, json.dumps({**self._record, "best_step": self.best_step}, indent=1) + "\n")
+        shown = "  ".join(f"{name} {measures[name]:.4f}" for name in VALIDATED)
+        self._note(f"step {progress.step}: held-out clips: {shown}")
+        if warning:
+            self._note(f"ALARM at step {progress.step}: {warning}")
+        return {f"eval_{name}": measures[name] for name in VALIDATED} | {"alarm": warning}
 
-    def close(self) -> None:
-        self._best.close()
+    def _measure(self, params: States) -> dict[str, float]:
+        clips = []
+        for numbers in self.held_out.in_batches(self._cfg.eval.validation_samples):
+            clips += [one.measures() for one in self.held_out.judge(params, numbers)]
+        return means(clips)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -22,11 +24,11 @@ from rfl_jax.miniature.world import ASSETS, DIT_FILES
 from rfl_jax.models.lora import LoraConfig, add_lora
 from rfl_jax.models.wan.config import DiTConfig
 from rfl_jax.models.weights import dotted, fill, flat_shapes, get_arrays
+from rfl_jax.runs import RunFolder
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
-from rfl_jax.training.setup import set_up
 from tests.golden import relative
-from tests.runs import use_devices
+from tests.runs import open_run
 
 ROOT = Path(__file__).parents[2]
 CFG = DiTConfig(
@@ -71,7 +73,8 @@ def adapted(base, trained):
 def inputs():
     rng = np.random.default_rng(3)
     x = rng.normal(size=(1, 2, 4, 4, CFG.in_dim)).astype(np.float32)
-    return x, np.array([600.0], np.float32), rng.normal(size=(1, CFG.text_len, CFG.text_dim)).astype(np.float32)
+    context = rng.normal(size=(1, CFG.text_len, CFG.text_dim)).astype(np.float32)
+    return jnp.asarray(x), jnp.array([600.0]), jnp.asarray(context)
 
 
 def rename(trained, naming, pattern, halves=("A", "B")):
@@ -238,9 +241,9 @@ def velocity(model):
     x, t, context = inputs()
     with torch.no_grad():
         out = model(
-            torch.from_numpy(np.moveaxis(x, -1, 1).copy()),
-            torch.from_numpy(t),
-            torch.from_numpy(context),
+            torch.from_numpy(np.moveaxis(np.asarray(x), -1, 1).copy()),
+            torch.from_numpy(np.array(t)),
+            torch.from_numpy(np.array(context)),
             return_dict=False,
         )[0]
     return np.moveaxis(out.numpy(), 1, -1)
@@ -313,15 +316,15 @@ def convert(*arguments):
 
 
 def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_path):
-    use_devices(monkeypatch)
     cfg = settings(save_steps=1)
-    run = set_up(cfg, tmp_path / "first")
-    state = train(run, tmp_path / "first").state
+    folder = RunFolder(epath.Path(tmp_path / "first"))
+    run = open_run(cfg, folder.path)
+    state = train(run, folder).state
 
     def export_first(*arguments):
         command(monkeypatch, export_main, "--workdir", tmp_path / "first", *arguments)
 
-    (automatic,) = export_adapters(run, state, tmp_path / "first")
+    (automatic,) = export_adapters(run, state.params, folder)
     export_first("--format", "original", "--dst", tmp_path / "a.safetensors")
     exported = load_file(tmp_path / "a.safetensors")
     same = load_file(automatic)
@@ -375,7 +378,7 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     command(monkeypatch, convert_main, "lora", "--src", tmp_path / "b.safetensors", "--dst", tmp_path / "folder")
     assert store.describe("lora", [str(tmp_path / "folder")]) == LoraConfig("mini", 4)
     second, other = (
-        set_up(settings(init_lora=str(tmp_path / name)), tmp_path / "second") for name in ("b.safetensors", "folder")
+        open_run(settings(init_lora=str(tmp_path / name)), tmp_path / "second") for name in ("b.safetensors", "folder")
     )
     flat, same = ({dotted(p): x[...] for p, x in nnx.to_flat_state(r.state.params["dit2"])} for r in (second, other))
     assert all(np.array_equal(flat[key], same[key]) for key in flat)
@@ -385,6 +388,6 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     assert all(np.array_equal(named[key], earlier[key]) for key in earlier)
     assert named.keys() == earlier.keys()
     with pytest.raises(UserError, match=r"config\.lora_rank: 2, but .* has rank 4"):
-        set_up(settings(init_lora=str(tmp_path / "b.safetensors"), lora_rank=2), tmp_path / "third")
+        open_run(settings(init_lora=str(tmp_path / "b.safetensors"), lora_rank=2), tmp_path / "third")
     with pytest.raises(UserError, match=r"adapts blocks\.\S+, which config\.lora_target_modules does not name"):
-        set_up(settings(init_lora=str(tmp_path / "b.safetensors"), lora_target_modules="q"), tmp_path / "third")
+        open_run(settings(init_lora=str(tmp_path / "b.safetensors"), lora_target_modules="q"), tmp_path / "third")

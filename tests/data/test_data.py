@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from etils import epath
 
+from rfl_jax.data.cache import PreparedClip
 from rfl_jax.data.dataset import make_iterator
-from rfl_jax.data.metadata import Row
-from rfl_jax.data.prepare import Prepared
+from rfl_jax.data.metadata import Clip
 
 
 def fake_prepared(tmp_path, count):
@@ -18,7 +18,7 @@ def fake_prepared(tmp_path, count):
         np.savez(buffer, y=np.full((2, 3), i, np.float32), pool=np.zeros((1, 2), np.float32))
         file = tmp_path / f"{i}.npz"
         file.write_bytes(buffer.getvalue())
-        prepared.append(Prepared(Row(i + 2, tmp_path / "v.mp4", ""), epath.Path(file)))
+        prepared.append(PreparedClip(Clip(i + 2, tmp_path / "v.mp4", ""), epath.Path(file)))
     return prepared
 
 
@@ -27,7 +27,7 @@ def test_samples_are_shuffled_by_seed_and_resumable(tmp_path):
 
     def order(seed, count):
         iterator = make_iterator(prepared, ["y", "pool"], batch=2, seed=seed, noises=0)
-        return [next(iterator)["sample"].tolist() for _ in range(count)]
+        return [next(iterator)["clip"].tolist() for _ in range(count)]
 
     first = order(0, 6)
     assert first == order(0, 6)
@@ -37,14 +37,14 @@ def test_samples_are_shuffled_by_seed_and_resumable(tmp_path):
     assert first[:3] != first[3:]
 
     singles = make_iterator(prepared, ["y"], batch=1, seed=0, noises=2)
-    assert sorted(int(next(singles)["sample"][0]) for _ in range(6)) == list(range(6))
+    assert sorted(int(next(singles)["clip"][0]) for _ in range(6)) == list(range(6))
     iterator = make_iterator(prepared, ["y"], batch=2, seed=0, noises=2)
     for _ in range(4):
         next(iterator)
     state = iterator.get_state()
     again = make_iterator(prepared, ["y"], batch=2, seed=0, noises=2)
     again.set_state(state)
-    assert [next(again)["sample"].tolist() for _ in range(2)] == first[4:]
+    assert [next(again)["clip"].tolist() for _ in range(2)] == first[4:]
 
 
 @pytest.mark.parametrize(("noises", "want"), [(0, [0, 1, 2, 3, 4]), (2, [0, 1, 0, 1, 0]), (1, [0] * 5)])

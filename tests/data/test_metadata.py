@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rfl_jax.data.metadata import Row, find_file, read_metadata
+from rfl_jax.data.metadata import Clip, find_file, read_metadata
 from rfl_jax.errors import UserError
 from rfl_jax.sample import read_requests
 
@@ -19,7 +19,7 @@ def read(folder, content):
 
 def test_byte_order_mark_quotes_and_commas(tmp_path):
     rows = read(tmp_path, '\ufeffvideo,prompt,other\na.mp4,"A ""face"", smiling",1\nsub/b.mp4,plain,2\n')
-    assert rows == [Row(2, tmp_path / "a.mp4", 'A "face", smiling'), Row(3, tmp_path / "sub/b.mp4", "plain")]
+    assert rows == [Clip(2, tmp_path / "a.mp4", 'A "face", smiling'), Clip(3, tmp_path / "sub/b.mp4", "plain")]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_byte_order_mark_quotes_and_commas(tmp_path):
     ids=["capitals", "blanks and windows", "cr", "empty columns", "index", "quoted"],
 )
 def test_spellings_of_one_table(tmp_path, content):
-    assert read(tmp_path, content) == [Row(2, tmp_path / "a.mp4", "x"), Row(4, tmp_path / "b.mp4", "y")]
+    assert read(tmp_path, content) == [Clip(2, tmp_path / "a.mp4", "x"), Clip(4, tmp_path / "b.mp4", "y")]
 
 
 def test_a_row_is_numbered_by_the_line_it_starts_at(tmp_path):
@@ -102,7 +102,7 @@ def test_absent_tables_and_folders_are_refused(tmp_path, monkeypatch):
         read_metadata(tmp_path)
     (tmp_path / "rows.csv").write_text("video,prompt\na.mp4,x\n")
     monkeypatch.chdir(tmp_path)
-    assert read_metadata("rows.csv") == [Row(2, Path("a.mp4"), "x")]
+    assert read_metadata("rows.csv") == [Clip(2, Path("a.mp4"), "x")]
 
 
 def test_files_are_found_however_their_names_are_written(tmp_path):

@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 
 from convert import vae
 from convert.mapping import unfill
-from rfl_jax.models.wan.conditioning import first_frame_condition
-from rfl_jax.models.wan.config import VAE_PRESETS, VAEConfig
+from rfl_jax.models.wan.conditioning import Concatenated
+from rfl_jax.models.wan.config import DIT_PRESETS, VAE_PRESETS, VAEConfig
 from rfl_jax.models.wan.vae import VAE
 from rfl_jax.models.weights import fill, get_arrays
 from tests.devices import make_mesh
@@ -123,10 +123,10 @@ def test_condition_is_the_mask_and_the_latents_of_the_first_frame():
     video = clip()
     alone = np.zeros_like(video)
     alone[:, 0] = video[:, 0]
-    y = jax.jit(lambda v: first_frame_condition(model, v[:, 0], 9))(video)
+    y = jax.jit(lambda v: Concatenated(DIT_PRESETS["wan2_2_i2v_a14b"]).encode(model, v[:, 0], 9))(video)
     assert np.array_equal(y[0, :, 0, 0, :4], [[1] * 4, [0] * 4, [0] * 4])
     assert relative(y[..., 4:], model.encode(jnp.asarray(alone))) < 1e-5
     alone[:, -1] = video[:, -1]
-    y = jax.jit(lambda v: first_frame_condition(model, v[:, 0], 9, v[:, -1]))(video)
+    y = jax.jit(lambda v: Concatenated(DIT_PRESETS["wan2_2_i2v_a14b"]).encode(model, v[:, 0], 9, v[:, -1]))(video)
     assert np.array_equal(y[0, :, 0, 0, :4], [[1] * 4, [0] * 4, [0, 0, 0, 1]])
     assert relative(y[..., 4:], model.encode(jnp.asarray(alone))) < 1e-5

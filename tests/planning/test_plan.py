@@ -8,16 +8,14 @@ from importlib.util import find_spec
 
 import jax
 import pytest
-from etils import epath
 
+from rfl_jax.chips import ACCELERATOR_TYPES, CHIPS, Chip
 from rfl_jax.config import Config, NoiseSection
 from rfl_jax.planning.abstract import make_plan, on_devices
-from rfl_jax.planning.chips import ACCELERATOR_TYPES, CHIPS, Chip
 from rfl_jax.planning.compile import compile_plan, largest_arguments
 from rfl_jax.planning.search import changed, least_bytes, variants, walk
 from rfl_jax.remat import NAMES
-from rfl_jax.training.setup import set_up
-from tests.runs import use_devices
+from tests.runs import open_run
 
 MINI = ["--config=configs/mini.py", "--config.train_batch_size=4"]
 
@@ -29,16 +27,16 @@ def plan(*arguments, timeout=600):
 
 
 @pytest.mark.parametrize("changes", [{}, {"noise.prefix_cache": "off"}, {"trainable_models": "dit2,vae,text_encoder"}])
-def test_arguments_are_those_of_the_run(monkeypatch, settings, tmp_path, changes):
-    use_devices(monkeypatch)
+def test_arguments_are_those_of_the_run(settings, tmp_path, changes):
     cfg = settings(
         **{"mesh.fsdp": 2, "mesh.context": 2, "data.max_pixels": 64 * 64, **changes}, per_device_train_batch_size=1
     )
-    run = set_up(cfg, epath.Path(tmp_path))
+    run = open_run(cfg, tmp_path)
     plan = make_plan(cfg, run.mesh)
-    assert (plan.prefix is None) == (run.jitted_prefix is None)
-    batch = run.start(run.frozen, run.place(next(run.iterator())), run.key)
-    real = (run.state, run.frozen, batch, run.key)
+    assert (plan.prefix is None) == (run.update.prefix is None)
+    key = run.inputs.key
+    batch = run.update.start(run.frozen, run.inputs.batches.place_share(next(run.iterator())), key)
+    real = (run.state, run.frozen, batch, key)
     planned = plan.args
     assert jax.tree.structure(planned) == jax.tree.structure(real)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(planned), jax.tree.leaves(real), strict=True):
@@ -64,14 +62,15 @@ def test_bytes_are_those_of_a_real_run(tmp_path):
         "from etils import epath\n"
         "from ml_collections import ConfigDict\n"
         "from rfl_jax.config import parse\n"
+        "from rfl_jax.runs import RunFolder\n"
         "from rfl_jax.training.setup import set_up\n"
         "sys.path.insert(0, '.')\n"
         "from configs.mini import get_config\n"
         "config = get_config()\n"
         "config.train_batch_size = config.per_device_train_batch_size = 4\n"
-        "run = set_up(parse(config), epath.Path(sys.argv[1]))\n"
-        "batch = run.place(next(run.iterator()))\n"
-        "step = run.jitted.lower(run.state, run.frozen, batch, run.key).compile()\n"
+        "run = set_up(parse(config), RunFolder(epath.Path(sys.argv[1])))\n"
+        "batch, key = run.inputs.batches.place_share(next(run.iterator())), run.inputs.key\n"
+        "step = run.update.step.lower(run.state, run.frozen, batch, key).compile()\n"
         "gc.collect()\n"
         "def resident():\n"
         "    return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
@@ -83,7 +82,7 @@ def test_bytes_are_those_of_a_real_run(tmp_path):
         "before = resident()\n"
         "thread = threading.Thread(target=watch)\n"
         "thread.start()\n"
-        "jax.block_until_ready(step(run.state, run.frozen, batch, run.key))\n"
+        "jax.block_until_ready(step(run.state, run.frozen, batch, key))\n"
         "done.set()\n"
         "thread.join()\n"
         "print(peak - before)\n"

@@ -13,11 +13,12 @@ from etils import epath
 from rfl_jax.config import default_config, dumps, parse
 from rfl_jax.data.videos import write_video
 from rfl_jax.errors import UserError
-from rfl_jax.evaluate import summary
-from rfl_jax.evaluation.figures import FIGURES, Scored
+from rfl_jax.evaluation.evaluate import summary
+from rfl_jax.evaluation.measures import MEASURES, Scored
 from rfl_jax.reporting import collect
 from rfl_jax.reporting.collect import embed, read_run
 from rfl_jax.reporting.page import render
+from rfl_jax.runs import RunFolder
 from rfl_jax.training.validation import alarm
 
 CLIPS, FRAMES, SIZE = 5, 9, 64
@@ -69,11 +70,11 @@ def folder(tmp_path):
         for way, one in found.items():
             write_video(run / "evaluation" / f"{i:03d}_{way}.mp4", one.video)
             clip[way] = {"file": f"evaluation/{i:03d}_{way}.mp4", "frames": one.frames()}
-            clip[way] |= one.figures() if way != "reference" else {}
+            clip[way] |= one.measures() if way != "reference" else {}
         clips.append(clip)
     result = summary(clips) | {"step": 30}
     (run / "evaluation.json").write_text(json.dumps(result))
-    base, now = ({name: result[name][way] for name in FIGURES} for way in ("base", "tuned"))
+    base, now = ({name: result[name][way] for name in MEASURES} for way in ("base", "tuned"))
     cfg = parse(config)
     entry = {"step": 30, **now, "alarm": alarm(base, [now], cfg.eval)}
     (run / "validation.json").write_text(
@@ -135,7 +136,7 @@ def test_the_page_plays_and_shows_in_a_browser(folder, browser, tmp_path, width)
 
     # The numbers are the evaluation's, and nothing in names or prompts became markup.
     result = json.loads((folder / "evaluation.json").read_text())
-    for name in FIGURES:
+    for name in MEASURES:
         for way in ("base", "tuned"):
             cell = browser.execute_script(
                 "return document.querySelector(`[data-table=${arguments[0]}][data-way=${arguments[1]}]`).firstChild.data",
@@ -188,11 +189,11 @@ def test_the_page_plays_and_shows_in_a_browser(folder, browser, tmp_path, width)
 
 
 def test_the_alarm_is_on_the_page(folder):
-    assert "Alarm at step 30" in render(read_run(folder), most=0)
+    assert "Alarm at step 30" in render(read_run(RunFolder(folder)), most=0)
     record = json.loads((folder / "validation.json").read_text())
     record["validations"][0]["alarm"] = ""
     (folder / "validation.json").write_text(json.dumps(record))
-    assert "Alarm" not in render(read_run(folder), most=0)
+    assert "Alarm" not in render(read_run(RunFolder(folder)), most=0)
 
 
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(folder):
@@ -202,13 +203,13 @@ def test_a_run_that_goes_on_is_shown_as_far_as_it_is(folder):
     # The last line is being written.
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 31, "lo')
-    page = render(read_run(folder), most=3)
+    page = render(read_run(RunFolder(folder)), most=3)
     assert "step 30 of 30" in page
     assert "Not evaluated yet" in page
     assert page.count("<video") == 1
     (folder / "metrics.jsonl").unlink()
     (folder / "run.json").unlink()
-    assert "step 0 of 0" in render(read_run(folder), most=3)
+    assert "step 0 of 0" in render(read_run(RunFolder(folder)), most=3)
 
 
 def test_large_videos_are_made_smaller_for_the_page(tmp_path, monkeypatch):
@@ -240,10 +241,10 @@ def test_what_is_no_run_is_refused_in_one_line(folder, tmp_path):
         assert message in done.stderr
     (folder / "evaluation" / "000_base.mp4").unlink()
     with pytest.raises(UserError, match=r"000_base\.mp4: no such video"):
-        render(read_run(folder), most=CLIPS)
+        render(read_run(RunFolder(folder)), most=CLIPS)
     (folder / "evaluation.json").write_text(json.dumps({"face_sim": {"base": 1, "tuned": 1}, "clips": []}))
     with pytest.raises(UserError, match=r"expected statistics, .* rfl_jax\.evaluate"):
-        read_run(folder)
+        read_run(RunFolder(folder))
     (folder / "evaluation.json").write_text("{")
     with pytest.raises(UserError, match=r"evaluation\.json: expected JSON"):
-        read_run(folder)
+        read_run(RunFolder(folder))

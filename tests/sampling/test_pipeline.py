@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -21,14 +22,12 @@ from rfl_jax.miniature.data import draw_clips
 from rfl_jax.miniature.world import ASSETS, TOKENIZER_FILE
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.sample import guidance_of, read_requests
-from rfl_jax.sampling import pipeline as sampling
-from rfl_jax.sampling.pipeline import Request, open_pipeline, options_of, read_config, read_trained, start_latents
+from rfl_jax.sampling.options import Request, options_of
+from rfl_jax.sampling.pipeline import open_pipeline, read_config, start_latents
 from rfl_jax.sampling.solvers import make_solver
-from rfl_jax.training.loop import train
-from rfl_jax.training.setup import set_up
-from tests.devices import make_mesh
+from rfl_jax.sampling.trained import read_trained
 from tests.golden import relative
-from tests.runs import use_devices
+from tests.runs import few_devices, train_run
 
 SIZE, FRAMES = 32, 9
 PROMPT, NEGATIVE = "A person nods and smiles, blue background.", "grey background"
@@ -44,12 +43,13 @@ def test_unipc_is_diffusers(steps, shift):
     theirs.set_timesteps(steps)
     ours = make_solver("unipc", steps, shift)
     assert np.array_equal(ours.timesteps, theirs.timesteps.numpy())
-    np.testing.assert_allclose(ours.levels, theirs.sigmas.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(ours.sigmas, theirs.sigmas.numpy(), rtol=1e-6)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 3, 4, 4, 2)).astype(np.float32)
     y, w = torch.from_numpy(x), rng.normal(size=(2, 2)).astype(np.float32)
+    x = jnp.asarray(x)
     for i, t in enumerate(theirs.timesteps):
-        x = ours.step(i, np.tanh(x @ w) * (1 + ours.timesteps[i] / 1000), x)
+        x = ours.step(i, jnp.tanh(x @ w) * (1 + ours.timesteps[i] / 1000), x)
         y = theirs.step(torch.tanh(y @ torch.from_numpy(w)) * (1 + float(t) / 1000), t, y)[0]
         assert relative(x, y.numpy()) < 1e-5
 
@@ -133,9 +133,9 @@ def tiny_config(kind, folder, **changes):
     return parse(config)
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    monkeypatch.setattr(sampling, "make_mesh", lambda sizes: make_mesh(*(max(n, 1) for n in sizes.values())))
+def opened(cfg, **options):
+    """A pipeline on as many of the virtual devices as its mesh has."""
+    return open_pipeline(cfg, **options, devices=few_devices(cfg))
 
 
 def picture(seed, size):
@@ -143,7 +143,7 @@ def picture(seed, size):
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
-def test_every_step_is_diffusers_pipelines(world, solver, monkeypatch, one_device):
+def test_every_step_is_diffusers_pipelines(world, solver, monkeypatch):
     import diffusers
     import torch
     import transformers
@@ -178,7 +178,7 @@ def test_every_step_is_diffusers_pipelines(world, solver, monkeypatch, one_devic
     theirs.set_progress_bar_config(disable=True)
 
     config = tiny_config(kind, folder)
-    ours = open_pipeline(config)
+    ours = opened(config)
     options = options_of(config, steps=steps, shift=shift, guidance=guidance, negative_prompt=NEGATIVE, solver=solver)
     request = Request(PROMPT, image, seed=seed)
     noise = start_latents(seed, ours._latents((size, size), FRAMES))
@@ -222,16 +222,16 @@ def random_adapters(seed, layers=6, dim=128, rank=2):
     }
 
 
-def test_adapters_change_the_video_as_merged_weights_do(settings, faces, tmp_path, one_device):
+def test_adapters_change_the_video_as_merged_weights_do(settings, faces, tmp_path):
     image = first_frame(faces / "clip_000.mp4")
     cfg = settings()
-    base = open_pipeline(cfg)(PROMPT, image, seed=1)
-    assert np.array_equal(base, open_pipeline(cfg)(PROMPT, image, seed=1))
-    assert not np.array_equal(base, open_pipeline(cfg)(PROMPT, image, seed=2))
+    base = opened(cfg)(PROMPT, image, seed=1)
+    assert np.array_equal(base, opened(cfg)(PROMPT, image, seed=1))
+    assert not np.array_equal(base, opened(cfg)(PROMPT, image, seed=2))
     arrays = random_adapters(0)
     file = tmp_path / "lora.safetensors"
     file.write_bytes(adapter_file(arrays, "diffusers", {"network": "dit2"}))
-    adapted = open_pipeline(cfg, lora=str(file))(PROMPT, image, seed=1)
+    adapted = opened(cfg, lora=str(file))(PROMPT, image, seed=1)
     assert np.abs(adapted.astype(int) - base).max() > 10
 
     # Merged by the converter instead: the same video but for rounding.
@@ -239,28 +239,27 @@ def test_adapters_change_the_video_as_merged_weights_do(settings, faces, tmp_pat
     merged = tmp_path / "merged"
     store.save(str(merged), "dit", *store.convert("dit", [sources[1]], dtype="float32", loras=[(str(file), 1.0)]))
     paths = json.dumps([sources[0], str(merged), *sources[2:]])
-    whole = open_pipeline(settings(model_paths=paths))(PROMPT, image, seed=1)
+    whole = opened(settings(model_paths=paths))(PROMPT, image, seed=1)
     assert np.abs(whole.astype(int) - adapted).max() <= 2
     # The header said which expert; said otherwise it is the other one.
-    high = open_pipeline(cfg, lora=f"dit={file}")(PROMPT, image, seed=1)
+    high = opened(cfg, lora=f"dit={file}")(PROMPT, image, seed=1)
     assert not np.array_equal(high, adapted)
     assert sorted(read_trained(cfg, f"dit={file},dit2={file}")) == ["dit", "dit2"]
 
 
-def test_eight_devices_sample_what_one_does(settings, faces, monkeypatch):
+def test_eight_devices_sample_what_one_does(settings, faces):
     cfg = settings()
     requests = [Request(f"{PROMPT} {i}", first_frame(faces / f"clip_00{i}.mp4"), seed=i) for i in range(3)]
     options = options_of(cfg, steps=3, guidance=(2.0, 1.0), negative_prompt=NEGATIVE)
     videos = {}
     for shape in ((1, 1, 1), (2, 2, 2)):
-        monkeypatch.setattr(sampling, "make_mesh", lambda sizes, shape=shape: make_mesh(*shape))
-        found = dict(open_pipeline(cfg).sample(requests, options))
+        mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.context"), shape, strict=True))
+        found = dict(opened(settings(**mesh)).sample(requests, options))
         assert sorted(found) == [0, 1, 2]
         videos[shape] = np.stack([found[i] for i in range(3)]).astype(int)
     assert np.abs(videos[1, 1, 1] - videos[2, 2, 2]).max() <= 1
     # And one alone what many do.
-    monkeypatch.setattr(sampling, "make_mesh", lambda sizes: make_mesh(1, 1, 1))
-    ((_, alone),) = open_pipeline(cfg).sample(requests[1:2], options)
+    ((_, alone),) = opened(cfg).sample(requests[1:2], options)
     assert np.abs(alone.astype(int) - videos[1, 1, 1][1]).max() <= 1
 
 
@@ -274,13 +273,11 @@ def frames_of(file):
     return np.stack([np.asarray(image) for image in read_frames(file)]).astype(int)
 
 
-def test_the_command_takes_a_run_its_checkpoints_and_many_rows(monkeypatch, settings, faces, tmp_path, one_device):
-    use_devices(monkeypatch)
+def test_the_command_takes_a_run_its_checkpoints_and_many_rows(settings, faces, tmp_path):
     run = epath.Path(tmp_path / "run")
     run.mkdir()
     cfg = settings(max_steps=2, save_steps=1, learning_rate=0.05)
-    trained = train(set_up(cfg, run), run)
-    assert trained.finished
+    assert train_run(cfg, run).finished
     first_frame(faces / "clip_000.mp4").save(tmp_path / "face.png")
     common = ("--lora", run, "--image", tmp_path / "face.png", "--prompt", PROMPT)
     # The run's own configuration is taken where none is named.
@@ -291,10 +288,10 @@ def test_the_command_takes_a_run_its_checkpoints_and_many_rows(monkeypatch, sett
 
     # The same from Python; an earlier checkpoint and the untrained network give other videos.
     image = Image.open(tmp_path / "face.png")
-    video = open_pipeline(cfg, lora=str(run))(PROMPT, image).astype(int)
+    video = opened(cfg, lora=str(run))(PROMPT, image).astype(int)
     assert np.abs(video - last).mean() < 3  # of the file's compression
-    assert np.abs(video - open_pipeline(cfg, lora=str(run), step="1")(PROMPT, image)).max() > 3
-    assert np.abs(video - open_pipeline(cfg)(PROMPT, image)).max() > 3
+    assert np.abs(video - opened(cfg, lora=str(run), step="1")(PROMPT, image)).max() > 3
+    assert np.abs(video - opened(cfg)(PROMPT, image)).max() > 3
 
     # And from a list of which a row has the same seed.
     rows = [
@@ -348,7 +345,7 @@ def test_what_cannot_be_sampled_is_refused_by_name(settings, tmp_path, faces):
     (tmp_path / "none.safetensors").write_text("nothing")
     for source, message in (
         (tmp_path / "absent", "no such run or file"),
-        (tmp_path / "none.safetensors", "expected safetensors"),
+        (tmp_path / "none.safetensors", "expected a whole safetensors file"),
         (f"dit3={faces / 'metadata.csv'}", "has no dit3, expected dit or dit2"),
     ):
         with pytest.raises(UserError, match=message):
@@ -376,12 +373,12 @@ def test_what_cannot_be_sampled_is_refused_by_name(settings, tmp_path, faces):
     ]  # fmt: skip
 
 
-def test_pictures_that_cannot_be_used_are_refused(tmp_path, faces, settings, one_device):
+def test_pictures_that_cannot_be_used_are_refused(tmp_path, faces, settings):
     (tmp_path / "text.png").write_text("no picture")
     for name, message in (("text.png", "expected a readable image"), ("none.png", "no such image")):
         with pytest.raises(UserError, match=message):
             read_image(tmp_path / name)
-    pipeline = open_pipeline(settings())
+    pipeline = opened(settings())
     with pytest.raises(UserError, match="8x8 pixels, expected at least 16 each way"):
         pipeline(PROMPT, picture(0, 8))
     with pytest.raises(UserError, match="expected a first frame, which mini needs"):

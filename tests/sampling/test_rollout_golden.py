@@ -12,7 +12,7 @@ from convert import dit, lora
 from rfl_jax.models.lora import add_lora
 from rfl_jax.models.weights import fill, flat_shapes
 from rfl_jax.sampling.rollout import Expert, rollout
-from rfl_jax.sampling.schedule import plan_phases, sigmas
+from rfl_jax.sampling.schedule import make_sigmas, plan_spans
 from tests.golden import ROOT, case, channels_last, needs_golden, relative
 
 
@@ -22,9 +22,9 @@ def test_schedule():
     for found in _dictionaries(schedules):
         if {"sigmas", "timesteps"} <= found.keys():
             steps = len(found["sigmas"]) - 1
-            levels = sigmas(steps, found.get("shift", 5.0))
-            np.testing.assert_allclose(levels, found["sigmas"], atol=1e-6)
-            np.testing.assert_allclose(levels * 1000, found["timesteps"], rtol=1e-6, atol=1e-3)
+            sigmas = make_sigmas(steps, found.get("shift", 5.0))
+            np.testing.assert_allclose(sigmas, found["sigmas"], atol=1e-6)
+            np.testing.assert_allclose(sigmas * 1000, found["timesteps"], rtol=1e-6, atol=1e-3)
 
 
 def _dictionaries(x):
@@ -55,10 +55,10 @@ def test_latents_kl_and_adapter_gradients():
     )
     graph, trainable, frozen = nnx.split(fill(tuned, adapters, partial=True), nnx.LoRAParam, ...)
 
-    y, context = channels_last(io["in.y"]), io["in.context"]
-    levels = sigmas(config["steps"], config["shift"])
-    phases = plan_phases(levels, boundary=0.9, mid=config["first_grad_step"], final=config["last_step"])
-    uses_low = np.concatenate([[p.expert == "dit2"] * (p.stop - p.start) for p in phases])
+    y, context = (jnp.asarray(x) for x in (channels_last(io["in.y"]), io["in.context"]))
+    sigmas = make_sigmas(config["steps"], config["shift"])
+    spans = plan_spans(sigmas, boundary=0.9, mid=config["first_grad_step"], final=config["last_step"])
+    uses_low = np.concatenate([[p.expert == "dit2"] * (p.stop - p.start) for p in spans])
     assert np.array_equal(uses_low, io["out.uses_low_noise_expert"])
 
     def bind(model):
@@ -73,7 +73,7 @@ def test_latents_kl_and_adapter_gradients():
                 bind(nnx.merge(graph, jax.lax.stop_gradient(trainable), frozen)),
             ),
         }
-        return rollout(experts, channels_last(io["in.start_noise"]), levels, phases)
+        return rollout(experts, jnp.asarray(channels_last(io["in.start_noise"])), sigmas, spans)
 
     def loss(trainable, weight):
         out = run(trainable)
@@ -92,7 +92,7 @@ def test_latents_kl_and_adapter_gradients():
     keys = load_file(folder / "weights_lora.safetensors").keys()
     for term, weight in (("inner_product", (1, 0)), ("kl", (0, 1)), ("total", (1, 1))):
         got = {
-            ".".join(map(str, k)): v[...]
+            ".".join(map(str, k)): np.asarray(v[...])
             for k, v in nnx.to_flat_state(grad(trainable, jnp.array(weight, jnp.float32))[0])
         }
         named = lora.named(got, dit.NAMINGS["original"], "{module}.lora_{half}.weight")

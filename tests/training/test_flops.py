@@ -10,8 +10,8 @@ from flax import nnx
 from rfl_jax.config import Config
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
+from rfl_jax.sampling.sampler import make_sampler
 from rfl_jax.training.flops import dit_flops, dit_forward
-from rfl_jax.training.step import make_sampler
 
 A14B = DIT_PRESETS["wan2_2_i2v_a14b"]
 
@@ -24,10 +24,10 @@ def test_forward_is_the_designs(tokens, tera):
 @pytest.mark.parametrize(("policy", "tera"), [("full", 16_980), ("save_attention", 16_980 - (14_706 - 13_504))])
 def test_a_step_executes_the_designs(policy, tera):
     cfg = Config(remat_policy=policy)
-    needed, executed = dit_flops(cfg, make_sampler(cfg, A14B), (21, 60, 60), 1)
+    needed, executed = dit_flops(cfg, make_sampler(cfg), (21, 60, 60), 1)
     assert executed / 1e12 == pytest.approx(tera, rel=0.02)
     assert needed < executed
-    assert dit_flops(cfg, make_sampler(cfg, A14B), (21, 60, 60), 3)[1] == pytest.approx(3 * executed)
+    assert dit_flops(cfg, make_sampler(cfg), (21, 60, 60), 3)[1] == pytest.approx(3 * executed)
 
 
 def test_the_compiler_counts_the_same():

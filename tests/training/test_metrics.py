@@ -13,13 +13,12 @@ from tensorboardX.proto.event_pb2 import Event
 
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
-from rfl_jax.sampling.rollout import PHASES
-from rfl_jax.training import metrics as metrics_module
-from rfl_jax.training.loop import train
-from rfl_jax.training.metrics import Metrics, check_wandb
+from rfl_jax.runs import RunFolder
+from rfl_jax.sampling.phases import PHASES
+from rfl_jax.training import record as record_module
 from rfl_jax.training.profile import phases_of, self_times, shares
-from rfl_jax.training.setup import set_up
-from tests.runs import read_metrics, use_devices
+from rfl_jax.training.record import check_wandb, open_record
+from tests.runs import read_metrics, train_run
 
 
 def line(step, **more):
@@ -49,11 +48,12 @@ def events(folder):
 
 
 def test_figures_and_samples_reach_tensorboard(tmp_path):
-    out = Metrics(Config(logging_steps=2), epath.Path(tmp_path), start=0, total=4)
-    for step in (1, 2, 3, 4):
-        out.write(line(step, **({"eval_face_sim": 0.25, "alarm": "motion fell"} if step == 3 else {})))
-    out.video(4, np.stack([clip(40 * t)[0] for t in range(5)]))
-    out.close()
+    folder = RunFolder(epath.Path(tmp_path))
+    with open_record(Config(logging_steps=2), folder, start=0, total=4) as out:
+        for step in (1, 2, 3, 4):
+            out.write(line(step, **({"eval_face_sim": 0.25, "alarm": "motion fell"} if step == 3 else {})))
+        out.video(4, np.stack([clip(40 * t)[0] for t in range(5)]))
+    assert folder.sample(4).exists()
     found = events(tmp_path / "tensorboard")
     # Every second step, and the one that was validated; what is text or unknown is no scalar.
     assert [step for step, value in found if value.tag == "loss"] == [2, 3, 4]
@@ -75,12 +75,11 @@ def test_one_line_lives_on_a_terminal_and_nothing_elsewhere(tmp_path, monkeypatc
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         (tmp_path / folder).mkdir()
-        out = Metrics(Config(), epath.Path(tmp_path / folder), start=0, total=3)
-        for step in (1, 2, 3):
-            out.write(line(step))
-        out.note("ALARM at step 3: motion fell")
-        out.saved(3)
-        out.close()
+        with open_record(Config(), RunFolder(epath.Path(tmp_path / folder)), start=0, total=3) as out:
+            for step in (1, 2, 3):
+                out.write(line(step))
+            out.note("ALARM at step 3: motion fell")
+            out.saved(3)
         return stream.getvalue()
 
     live = output(Terminal(), "live")
@@ -101,29 +100,25 @@ def test_weights_and_biases_is_told_where_it_is_asked_for(tmp_path, monkeypatch)
     check_wandb(cfg)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    out = Metrics(cfg, epath.Path(tmp_path), start=0, total=2)
-    out.write(line(1))
-    out.write(line(2, eval_judge_sim=0.625))
-    out.video(2, clip())
-    out.close()
+    with open_record(cfg, RunFolder(epath.Path(tmp_path)), start=0, total=2) as out:
+        out.write(line(1))
+        out.write(line(2, eval_judge_sim=0.625))
+        out.video(2, clip())
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = log.read_bytes()
     for word in (b"face_score", b"eval_judge_sim", b"faces", b"lora_rank", b"sample"):
         assert word in content
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/videos/*.mp4"))
 
-    monkeypatch.setattr(metrics_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(record_module.importlib.util, "find_spec", lambda name: None)
     check_wandb(Config())
     with pytest.raises(UserError, match=r"config.wandb_project: expected .* pip install wandb"):
         check_wandb(cfg)
 
 
-def test_the_time_of_a_step_is_divided_by_phase(monkeypatch, settings, tmp_path):
-    use_devices(monkeypatch)
+def test_the_time_of_a_step_is_divided_by_phase(settings, tmp_path):
     cfg = settings(max_steps=3, save_steps=3, **{"profile.steps": "2-3", "noise.prefix_cache": "off"})
-    run = set_up(cfg, epath.Path(tmp_path))
-    plain = set_up(dataclasses.replace(cfg, profile=Config().profile), epath.Path(tmp_path))
-    train(run, epath.Path(tmp_path))
+    train_run(cfg, tmp_path)
     found = json.loads((tmp_path / "profile.json").read_text())
     assert found["steps"] == [2, 3]
     times = [entry["step_time_s"] for entry in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())]
@@ -136,7 +131,7 @@ def test_the_time_of_a_step_is_divided_by_phase(monkeypatch, settings, tmp_path)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     # Tracing changes nothing that is computed.
     (tmp_path / "plain").mkdir()
-    train(plain, epath.Path(tmp_path / "plain"))
+    train_run(dataclasses.replace(cfg, profile=Config().profile), tmp_path / "plain")
     assert read_metrics(tmp_path / "plain") == read_metrics(tmp_path)
     assert not (tmp_path / "plain" / "profile.json").exists()
 

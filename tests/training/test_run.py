@@ -13,12 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from convert import dit, store, umt5
 from convert.mapping import unfill
+from rfl_jax.data.encoding import ClipEncoder
 from rfl_jax.data.metadata import read_metadata
-from rfl_jax.data.prepare import Encoders, prepare
+from rfl_jax.data.preparation import prepare_clips
 from rfl_jax.data.videos import read_clip, to_uint8, write_video
 from rfl_jax.errors import UserError
-from rfl_jax.evaluate import evaluate
-from rfl_jax.evaluation.figures import FIGURES
+from rfl_jax.evaluation.evaluate import evaluate
+from rfl_jax.evaluation.measures import MEASURES
 from rfl_jax.miniature.world import FRAMES, asset_paths
 from rfl_jax.models.umt5 import UMT5Config, UMT5Encoder
 from rfl_jax.models.wan.config import DIT_PRESETS
@@ -27,13 +28,13 @@ from rfl_jax.models.weights import get_arrays
 from rfl_jax.runs import RunFolder, find_checkpoint
 from rfl_jax.sources import find_sources
 from rfl_jax.training.export import export_adapters
-from rfl_jax.training.loop import VALIDATED, train
-from rfl_jax.training.setup import prepare_run, set_up
-from tests.runs import read_metrics, use_devices
+from rfl_jax.training.inputs import prepare_inputs
+from rfl_jax.training.loop import train
+from rfl_jax.training.validation import VALIDATED
+from tests.runs import few_devices, open_run, read_metrics, train_run
 
 
-def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_path, clip_folder):
-    use_devices(monkeypatch)
+def test_stopped_and_resumed_equals_uninterrupted(settings, tmp_path, clip_folder):
     cfg = settings(
         max_steps=4,
         save_steps=3,
@@ -44,31 +45,30 @@ def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_pat
     whole, parts = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "parts")
     for workdir in (whole, parts):
         workdir.mkdir()
-    run = set_up(cfg, whole)
-    trained = train(run, whole)
+    run = open_run(cfg, whole)
+    trained = train(run, RunFolder(whole))
     assert trained.finished
     state = trained.state
     want = read_metrics(whole)
     assert [line["step"] for line in want] == [1, 2, 3, 4]
 
     # Stopped after the second step by Ctrl-C, as a user would; then the same again.
-    again = set_up(cfg, parts)
-    step, calls = again.step, []
+    again = open_run(cfg, parts)
+    calls = []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
-        return step(*args)
+        return again.update.step(*args)
 
-    again.step = interrupted
-    assert not train(again, parts).finished
+    update = dataclasses.replace(again.update, step=interrupted)
+    assert not train(dataclasses.replace(again, update=update), RunFolder(parts)).finished
     assert len(read_metrics(parts)) == 2
     # Lines of steps whose checkpoint was lost are written anew.
     with (parts / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps({"step": 3, "loss": 0}) + "\n")
-    resumed = set_up(cfg, parts)
-    train(resumed, parts)
+    train_run(cfg, parts)
     assert read_metrics(parts) == want
     # So do the validations: what was judged before the interruption, and the best checkpoint.
     records = [json.loads((folder / "validation.json").read_text()) for folder in (whole, parts)]
@@ -78,8 +78,8 @@ def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_pat
     assert want[1]["eval_judge_sim"] == records[0]["validations"][0]["judge_sim"]
     assert not any(name.startswith("eval_") for name in want[0])
     best = max(records[0]["validations"], key=lambda entry: entry["judge_sim"])["step"]
-    assert records[0]["best_step"] == best == trained.best_step
-    assert find_checkpoint(RunFolder(whole), "best").name == find_checkpoint(RunFolder(parts), "best").name == str(best)
+    assert records[0]["best_step"] == best == trained.validation.best_step
+    assert {find_checkpoint(RunFolder(folder), "best").name for folder in (whole, parts)} == {str(best)}
 
     assert sorted(p.name for p in (whole / "samples").iterdir()) == [
         "step_000001.mp4",
@@ -87,16 +87,18 @@ def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_pat
         "step_000004.mp4",
     ]
     assert any((whole / "tensorboard").iterdir())
-    (file,) = export_adapters(run, state, whole)
+    (file,) = export_adapters(run, state.params, RunFolder(whole))
     adapters = load_file(file)
     assert len(adapters) == 6 * 10 * 2
     assert adapters["blocks.0.self_attn.q.lora_A.weight"].shape == (4, 128)
 
-    result = evaluate(run, state, whole)
+    held_out = trained.validation.held_out
+    params = {"base": held_out.untrained(state.params), "tuned": state.params}
+    result = evaluate(held_out, params, RunFolder(whole), trained.step)
     written = json.loads((whole / "evaluation.json").read_text())
     assert written == result
     assert len(written["clips"]) == 3
-    for figure in FIGURES:
+    for figure in MEASURES:
         for name in ("base", "tuned"):
             assert written[figure][name] == pytest.approx(np.mean([c[name][figure] for c in written["clips"]]))
     assert written["judge_sim"]["base"] != written["judge_sim"]["tuned"]
@@ -119,24 +121,21 @@ def test_stopped_and_resumed_equals_uninterrupted(monkeypatch, settings, tmp_pat
     assert (whole / "evaluation" / "drift.png").read_bytes().startswith(b"\x89PNG")
 
     with pytest.raises(UserError, match=r"does not fit this configuration \(.*lora_.*: found .*4.*, expected .*2"):
-        train(set_up(settings(max_steps=4, lora_rank=2), parts), parts)
+        train_run(settings(max_steps=4, lora_rank=2), parts)
 
 
-def test_training_ends_when_validations_bring_nothing_better(monkeypatch, settings, tmp_path, clip_folder):
-    use_devices(monkeypatch)
+def test_training_ends_when_validations_bring_nothing_better(settings, tmp_path, clip_folder):
     cfg = settings(
         max_steps=6, save_steps=6, eval_every=1, early_stop=2, learning_rate=0.0,
         **{"eval.file_name": str(clip_folder / "metadata.csv"), "eval.num_samples": 2, "eval.validation_samples": 2},
     )  # fmt: skip
-    workdir = epath.Path(tmp_path)
     # Nothing is learnt, so the first validation remains the best and two more are enough.
-    trained = train(set_up(cfg, workdir), workdir)
-    assert (trained.finished, trained.step, trained.best_step) == (True, 3, 1)
-    assert trained.alarms == []
+    trained = train_run(cfg, tmp_path)
+    assert (trained.finished, trained.step, trained.validation.best_step) == (True, 3, 1)
+    assert not any(entry["alarm"] for entry in trained.validation.entries)
     # The same command again finds nothing to do; with more patience it goes on.
-    assert train(set_up(cfg, workdir), workdir).step == 3
-    patient = dataclasses.replace(cfg, early_stop=3)
-    assert train(set_up(patient, workdir), workdir).step == 4
+    assert train_run(cfg, tmp_path).step == 3
+    assert train_run(dataclasses.replace(cfg, early_stop=3), tmp_path).step == 4
 
 
 def bad_rows(folder, clip_folder):
@@ -155,9 +154,9 @@ def test_bad_rows_are_skipped_or_refused_by_number(settings, tmp_path, clip_fold
     file = bad_rows(tmp_path / "rows", clip_folder)
     cfg = settings(file_name=str(file), **{"data.on_bad_row": "skip"})
     sources, rows, cache = find_sources(cfg, experts=2), read_metadata(file), epath.Path(tmp_path / "cache")
-    encoders = Encoders(cfg, sources)
-    prepared = prepare(encoders, rows, cache, listed_in=str(file))
-    assert [p.row.number for p in prepared] == [2]
+    encoder = ClipEncoder(cfg, sources)
+    prepared = prepare_clips(encoder, rows, cache, listed_in=str(file))
+    assert [p.clip.number for p in prepared] == [2]
     assert "5 of 6 rows left out: 3, 4, 5, 6, 7" in capsys.readouterr().out
     sample = prepared[0].load()
     assert sample["y"].shape == (2, 8, 8, 20)
@@ -166,22 +165,23 @@ def test_bad_rows_are_skipped_or_refused_by_number(settings, tmp_path, clip_fold
 
     strict = settings(file_name=str(file))
     with pytest.raises(UserError, match=r"row 3: .*text\.mp4: expected a readable video"):
-        prepare(Encoders(strict, sources), rows, cache, listed_in=str(file))
+        prepare_clips(ClipEncoder(strict, sources), rows, cache, listed_in=str(file))
     # Nothing half-written, and what is cached is not computed again: no network is opened.
     assert sorted(p.name for p in cache.iterdir()) == [prepared[0].file.name]
     broken = type(sources)(["x"], ["x"], sources.text_encoder, sources.vae, sources.tokenizer, sources.reward)
     stamp = prepared[0].file.stat().mtime
-    assert prepare(Encoders(cfg, broken), rows[:1], cache, listed_in="")[0].file.stat().mtime == stamp
+    (again,) = prepare_clips(ClipEncoder(cfg, broken), rows[:1], cache, listed_in="")
+    assert again.file.stat().mtime == stamp
     # Another prompt is another sample.
     other = type(rows[0])(2, rows[0].video, "another prompt")
-    assert prepare(encoders, [other], cache, listed_in="")[0].file != prepared[0].file
+    assert prepare_clips(encoder, [other], cache, listed_in="")[0].file != prepared[0].file
 
 
 def test_what_is_prepared_is_not_prepared_again(monkeypatch, settings, tmp_path):
-    use_devices(monkeypatch)
     cfg = settings(**{"data.cache_dir": str(tmp_path), "eval.file_name": settings().file_name, "eval.num_samples": 1})
-    first = prepare_run(cfg, epath.Path(tmp_path))
-    assert all(len(item.prefix) == 1 for item in first.prepared + first.held_out)
+    folder = RunFolder(epath.Path(tmp_path))
+    first = prepare_inputs(cfg, folder, few_devices(cfg)).clips
+    assert all(len(clip.prefix) == 1 for clip in first.training + first.held_out)
     stamps = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     # 8 clips with their prefix; the one that is held out as well has another, of the evaluation's noise.
     assert len(stamps) == 2 * 8 + 1
@@ -190,21 +190,21 @@ def test_what_is_prepared_is_not_prepared_again(monkeypatch, settings, tmp_path)
         raise AssertionError("a network was opened")
 
     monkeypatch.setattr(store, "open_component", refuse)
-    again = prepare_run(cfg, epath.Path(tmp_path))
+    again = prepare_inputs(cfg, folder, few_devices(cfg)).clips
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == stamps
-    assert [item.prefix for item in again.prepared] == [item.prefix for item in first.prepared]
+    assert [clip.prefix for clip in again.training] == [clip.prefix for clip in first.training]
 
 
 def test_an_end_image_is_marked_in_the_condition(settings, tmp_path, clip_folder):
     cfg = settings(extra_inputs="input_image,end_image")
     rows = read_metadata(clip_folder / "metadata.csv")[:1]
-    (prepared,) = prepare(Encoders(cfg, find_sources(cfg, experts=2)), rows, epath.Path(tmp_path), listed_in="")
+    encoder = ClipEncoder(cfg, find_sources(cfg, experts=2))
+    (prepared,) = prepare_clips(encoder, rows, epath.Path(tmp_path), listed_in="")
     y = prepared.load()["y"]
     assert np.array_equal(y[:, 0, 0, :4], [[1] * 4, [0, 0, 0, 1]])
 
 
-def test_clips_of_different_sizes_cannot_share_a_batch(monkeypatch, settings, tmp_path, clip_folder):
-    use_devices(monkeypatch)
+def test_clips_of_different_sizes_cannot_share_a_batch(settings, tmp_path, clip_folder):
     folder = tmp_path / "rows"
     folder.mkdir()
     shutil.copy(clip_folder / "clip_000.mp4", folder / "a.mp4")
@@ -213,7 +213,7 @@ def test_clips_of_different_sizes_cannot_share_a_batch(monkeypatch, settings, tm
     clip = to_uint8(read_clip(folder / "b.mp4", num_frames=FRAMES, max_pixels=10**6, multiple=16))
     write_video(folder / "b.mp4", clip[:, :48])
     with pytest.raises(UserError, match=r"row 3: latents of .* cannot share a batch"):
-        set_up(settings(file_name=str(folder / "metadata.csv")), epath.Path(tmp_path))
+        open_run(settings(file_name=str(folder / "metadata.csv")), tmp_path)
 
 
 def test_weights_of_another_network_are_refused_before_anything_is_prepared(settings, tmp_path):
@@ -221,7 +221,7 @@ def test_weights_of_another_network_are_refused_before_anything_is_prepared(sett
         paths = json.loads(asset_paths()["model_paths"])
         paths[at] = str(file) if file else paths[at]
         with pytest.raises(UserError, match=message):
-            prepare_run(settings(model_paths=json.dumps(paths), **changes), epath.Path(tmp_path / "run"))
+            prepare_inputs(settings(model_paths=json.dumps(paths), **changes), RunFolder(epath.Path(tmp_path / "run")))
         assert not (tmp_path / "run").exists()
 
     refused(r"dim is 128, expected 5120 \(config.preset=wan2_2_i2v_a14b\)", preset="wan2_2_i2v_a14b")

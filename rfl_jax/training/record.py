@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, Weights & Biases if asked for, and a live line on the terminal."""
+"""Where a run's metrics go: metrics.jsonl, TensorBoard, Weights & Biases if asked for, and a live line on the terminal."""
 
 import hashlib
 import importlib.util
@@ -9,10 +9,10 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
@@ -22,32 +22,14 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tqdm import tqdm
 
 from rfl_jax.config import Config, dumps
-from rfl_jax.data.videos import encode_video
+from rfl_jax.data.videos import encode_video, write_video
 from rfl_jax.errors import UserError
 from rfl_jax.files import is_remote, write_whole
-from rfl_jax.planning.chips import CHIPS
+from rfl_jax.hosts import is_writer
+from rfl_jax.runs import RunFolder
 
 COPY_EVERY_S = 60  # how often TensorBoard's events go into a bucket
 FPS = 8  # of the samples in TensorBoard
-
-# Peak bf16 matrix throughput in FLOP/s by the beginning of a device's kind: what can be planned for, its other names, and
-# (vendors' data sheets) what cannot.
-PEAK_FLOPS = {
-    **{kind: chip.flops for kind, chip in CHIPS.items()},
-    "TPU v4": 275e12,
-    "TPU v5e": CHIPS["TPU v5 lite"].flops,
-    "TPU v6e": CHIPS["TPU v6 lite"].flops,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100": 312e12,
-}
-
-
-def peak_flops() -> float | None:
-    """Peak of all devices together; None where it is not known (a CPU)."""
-    kind = jax.devices()[0].device_kind
-    peak = next((v for k, v in sorted(PEAK_FLOPS.items(), reverse=True) if kind.startswith(k)), None)
-    return None if peak is None else peak * jax.device_count()
 
 
 def check_wandb(cfg: Config) -> None:
@@ -66,31 +48,62 @@ def gif(frames: UInt8[np.ndarray, "t h w 3"]) -> bytes:
     return buffer.getvalue()
 
 
-class Metrics:
-    """Writes one object a step.
+class Silent:
+    """A record that keeps nothing: that of the processes which do not write."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Adds a step's metrics."""
+
+    def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds metrics to the line of the step that an interrupted run ended with."""
+
+    def video(self, step: int, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
+        """Keeps a sample beside the metrics of its step."""
+
+    def note(self, text: str) -> None:
+        """Shows a line that stays, above the live one."""
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is being written."""
+
+
+def open_record(cfg: Config, folder: RunFolder, *, start: int, total: int) -> Silent:
+    """The record of a run: on the process that writes what all share; silent on the others.
 
     Args:
         cfg: of the run.
-        workdir: of the run.
+        folder: of the run.
         start: steps done before; later lines of an interrupted run are dropped.
         total: steps in all.
     """
+    return Record(cfg, folder, start=start, total=total) if is_writer() else Silent()
 
-    def __init__(self, cfg: Config, workdir: epath.Path, *, start: int, total: int) -> None:
-        self._file = workdir / "metrics.jsonl"
+
+class Record(Silent):
+    """Writes one object a step; see `open_record`."""
+
+    def __init__(self, cfg: Config, folder: RunFolder, *, start: int, total: int) -> None:
+        self._folder = folder
+        self._file = folder.metrics
         self._lines = []
         if self._file.exists():
             self._lines = [line for line in self._file.read_text().splitlines() if json.loads(line)["step"] <= start]
             self._rewrite()
         # Events are written locally and copied into a bucket from time to time: they grow, objects do not.
-        self._remote = workdir / "tensorboard" if is_remote(workdir) else None
-        self._local = Path(tempfile.mkdtemp()) if self._remote else Path(workdir / "tensorboard")
+        self._remote = folder.tensorboard if is_remote(folder.path) else None
+        self._local = Path(tempfile.mkdtemp()) if self._remote else Path(folder.tensorboard)
         self._copied = time.monotonic()
         self._board = SummaryWriter(str(self._local), purge_step=start + 1)
-        self._wandb = _open_wandb(cfg, workdir) if cfg.wandb_project else None
+        self._wandb = _open_wandb(cfg, folder.path) if cfg.wandb_project else None
         self._total = total
         self._every = cfg.logging_steps
-        # One line that is written over; nothing of it where nobody looks.
+        # One line that is written over; none at all where the output is not a terminal.
         quiet = True if os.environ.get("CI") else None
         form = "{desc} {n}/{total} |{bar:12}| {elapsed}<{remaining}{postfix}"
         self._bar = tqdm(total=total, initial=start, desc="step", disable=quiet, bar_format=form, file=sys.stderr)
@@ -99,18 +112,17 @@ class Metrics:
     def _rewrite(self) -> None:
         write_whole(self._file, "".join(line + "\n" for line in self._lines))
 
-    def write(self, figures: dict[str, Any]) -> None:
-        """Adds a step's figures."""
-        line = json.dumps(figures)
+    def write(self, line: Mapping[str, Any]) -> None:
+        text = json.dumps(line)
         if self._remote:
-            self._lines.append(line)
+            self._lines.append(text)
             self._rewrite()
         else:
             with self._file.open("a") as stream:
-                stream.write(line + "\n")
-        step = figures["step"]
-        if step % self._every == 0 or step == self._total or "eval_face_sim" in figures:
-            scalars = {k: v for k, v in figures.items() if k != "step" and isinstance(v, (int, float))}
+                stream.write(text + "\n")
+        step = line["step"]
+        if step % self._every == 0 or step == self._total or "eval_face_sim" in line:
+            scalars = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
             if self._wandb:
@@ -118,20 +130,19 @@ class Metrics:
         if self._remote and time.monotonic() - self._copied > COPY_EVERY_S:
             self._copy()
         self._last = (
-            f"face {figures['face_score']:.4f}  loss {figures['loss']:+.4f}  kl {figures['kl_loss']:.2e}  "
-            f"grad {figures['grad_norm']:.2e}  {figures['step_time_s']:.2f} s"
+            f"face {line['face_score']:.4f}  loss {line['loss']:+.4f}  kl {line['kl_loss']:.2e}  "
+            f"grad {line['grad_norm']:.2e}  {line['step_time_s']:.2f} s"
         )
         self._bar.set_postfix_str(self._last, refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def amend(self, step: int, figures: dict[str, Any]) -> None:
-        """Adds figures to the line of the step that an interrupted run ended with."""
+    def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._lines and json.loads(self._lines[-1])["step"] == step:
-            self._lines[-1] = json.dumps(json.loads(self._lines[-1]) | figures)
+            self._lines[-1] = json.dumps(json.loads(self._lines[-1]) | metrics)
             self._rewrite()
 
     def video(self, step: int, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
-        """Shows a sample beside the figures of its step."""
+        write_video(self._folder.sample(step), frames)
         height, width = frames.shape[1:3]
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(frames))
         summary = Summary(value=[Summary.Value(tag="sample", image=picture)])
@@ -143,13 +154,11 @@ class Metrics:
             self._wandb.log({"sample": wandb.Video(io.BytesIO(encode_video(frames)), format="mp4")}, step=step)
 
     def note(self, text: str) -> None:
-        """A line that stays, above the live one."""
         with tqdm.external_write_mode(file=sys.stderr):
             print(text, file=sys.stderr, flush=True)
 
     def saved(self, step: int) -> None:
-        """Where nobody looks, a checkpoint is worth a line."""
-        if self._bar.disable:
+        if self._bar.disable:  # no live line: a checkpoint is worth one of its own
             self.note(f"step {step}/{self._total}  {self._last}")
 
     def _copy(self) -> None:
@@ -159,7 +168,7 @@ class Metrics:
                 write_whole(self._remote / file.name, file.read_bytes())
         self._copied = time.monotonic()
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
         if self._remote:
             self._copy()

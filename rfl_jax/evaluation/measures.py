@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, UInt8
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class Measure:
     """Attributes:
     title: on tables and pages.
     better: "higher" or "lower"; empty where neither is better by itself.
@@ -21,15 +21,15 @@ class Figure:
     unit: str = ""
 
 
-FIGURES = {
-    "face_sim": Figure("FaceSim, reward's embedder", "higher"),
-    "judge_sim": Figure("FaceSim, judging embedder", "higher"),
-    "motion": Figure("motion of landmarks between frames", "", "px"),
-    "face_fraction": Figure("frames with a face", "higher"),
-    "dynamics": Figure("change of pixels between frames", "", "of 255"),
-    "copying": Figure("copying of the first frame's pose and expression", "lower"),
-    "flicker": Figure("temporal flicker", "lower", "of 255"),
-    "sharpness": Figure("sharpness", "higher"),
+MEASURES = {
+    "face_sim": Measure("FaceSim, reward's embedder", "higher"),
+    "judge_sim": Measure("FaceSim, judging embedder", "higher"),
+    "motion": Measure("motion of landmarks between frames", "", "px"),
+    "face_fraction": Measure("frames with a face", "higher"),
+    "dynamics": Measure("change of pixels between frames", "", "of 255"),
+    "copying": Measure("copying of the first frame's pose and expression", "lower"),
+    "flicker": Measure("temporal flicker", "lower", "of 255"),
+    "sharpness": Measure("sharpness", "higher"),
 }
 
 # Displacements, in sizes of the face, at which the similarity to the first frame has fallen to 1/e: a fifth of the
@@ -57,8 +57,8 @@ class Scored:
     kps: Float[np.ndarray, "t 5 2"]
     boxes: Float[np.ndarray, "t 4"]
 
-    def figures(self) -> dict[str, float]:
-        """The values of `FIGURES`. What needs a face is 0 where no frame has one."""
+    def measures(self) -> dict[str, float]:
+        """The values of `MEASURES`. What needs a face is 0 where no frame has one."""
         found = self.mask.any()
         return {
             "face_sim": float(self.face[self.mask].mean()) if found else 0.0,
@@ -134,5 +134,5 @@ def sharpness(video: UInt8[np.ndarray, "t h w 3"]) -> float:
 
 
 def means(clips: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each figure's mean over clips."""
-    return {name: float(np.mean([clip[name] for clip in clips])) for name in FIGURES}
+    """The mean of each measure over clips."""
+    return {name: float(np.mean([clip[name] for clip in clips])) for name in MEASURES}

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from rfl_jax.config import EvalSection
-from rfl_jax.evaluation.figures import FIGURES, Scored, copying, dynamics, flicker, means, motion, sharpness
+from rfl_jax.evaluation.measures import MEASURES, Scored, copying, dynamics, flicker, means, motion, sharpness
 from rfl_jax.evaluation.statistics import compare, interval
 from rfl_jax.training.validation import alarm, without_progress
 
@@ -79,17 +79,17 @@ def test_frames_without_a_face_are_left_out_of_a_clip():
         video, np.array([0.5, 0, 0.7]), np.array([0.4, 0, 0.8]), np.array([1, 0, 1], bool), frames(FACE, FACE),
         np.tile([1.0, 2, 3, 4], (3, 1)),
     )  # fmt: skip
-    assert one.figures()["face_sim"] == pytest.approx(0.6)
-    assert one.figures()["judge_sim"] == pytest.approx(0.6)
-    assert one.figures()["face_fraction"] == pytest.approx(2 / 3)
+    assert one.measures()["face_sim"] == pytest.approx(0.6)
+    assert one.measures()["judge_sim"] == pytest.approx(0.6)
+    assert one.measures()["face_fraction"] == pytest.approx(2 / 3)
     assert one.frames() == {
         "face_sim": [0.5, None, 0.7],
         "judge_sim": [0.4, None, 0.8],
         "box": [[1, 2, 3, 4], None, [1, 2, 3, 4]],
     }
     none = dataclasses.replace(one, mask=np.zeros(3, bool))
-    assert none.figures() == dict.fromkeys(FIGURES, 0.0)
-    assert means([one.figures(), none.figures()])["face_sim"] == pytest.approx(0.3)
+    assert none.measures() == dict.fromkeys(MEASURES, 0.0)
+    assert means([one.measures(), none.measures()])["face_sim"] == pytest.approx(0.3)
 
 
 def test_intervals_are_those_of_the_mean():

@@ -1,4 +1,4 @@
-"""Accelerators that may be planned for: their topologies by name and what a chip can do."""
+"""Accelerators: what a chip can do, and the topologies that may be planned for by their names."""
 
 import dataclasses
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from rfl_jax.errors import UserError
+from rfl_jax.errors import UserError, first_line
 
 GB, GIB = 1e9, 1 << 30
 
@@ -36,6 +36,18 @@ CHIPS = {
     "TPU v5": Chip(459e12, 95.74 * GIB, 2765 * GB, 600 * GB),
     "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1640 * GB, 448 * GB),
     "TPU7x": Chip(1153.5e12, 94.75 * GIB, 3690 * GB, 600 * GB),
+}
+
+# Peak bf16 matrix throughput in FLOP/s by the beginning of a device's kind: what can be planned for, its other names, and
+# (vendors' data sheets) what cannot.
+PEAK_FLOPS = {
+    **{kind: chip.flops for kind, chip in CHIPS.items()},
+    "TPU v4": 275e12,
+    "TPU v5e": CHIPS["TPU v5 lite"].flops,
+    "TPU v6e": CHIPS["TPU v6 lite"].flops,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
 }
 
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -76,7 +88,7 @@ def devices_of(name: str) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # libtpu raises whatever its C++ side says
-        line = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        line = first_line(error)[:160]
         if "libtpu" in line.lower() and "found" in line.lower():
             raise UserError("--topology: TPU plans need libtpu: pip install libtpu") from None
         raise UserError(
@@ -85,6 +97,13 @@ def devices_of(name: str) -> Sequence[Any]:
         ) from None
 
 
+def peak_flops() -> float | None:
+    """Peak of all this run's devices together; None where it is not known (a CPU)."""
+    kind = jax.devices()[0].device_kind
+    peak = next((v for k, v in sorted(PEAK_FLOPS.items(), reverse=True) if kind.startswith(k)), None)
+    return None if peak is None else peak * jax.device_count()
+
+
 def chip_of(device: Any) -> Chip | None:
-    """The device's figures; None where they are not known."""
+    """What the device can do; None where it is not known."""
     return CHIPS.get(device.device_kind)

@@ -1,0 +1,89 @@
+"""From a clip and its caption to the arrays that training takes: text features, conditioning, face pools."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rfl_jax.config import Config
+from rfl_jax.data.cache import ClipArrays
+from rfl_jax.data.text import PromptTokenizer
+from rfl_jax.models.wan.conditioning import conditioning_of
+from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.networks.check import check_trainable
+from rfl_jax.networks.faces import open_judge, open_reward
+from rfl_jax.networks.table import open_network
+from rfl_jax.sources import Sources
+
+
+class ClipEncoder:
+    """The networks that only preparation needs, opened when the first clip asks for them. Dropping this object frees
+    them before the DiTs are loaded.
+
+    Args:
+        cfg: the run.
+        sources: where its weights are.
+        judge: folder of a second embedder's ONNX file, whose pool is stored as well; empty for none.
+    """
+
+    def __init__(self, cfg: Config, sources: Sources, judge: str = "") -> None:
+        check_trainable(cfg)
+        self.cfg = cfg
+        self.sources = sources
+        self.judge = judge
+        self.tokenizer = PromptTokenizer(sources.tokenizer, DIT_PRESETS[cfg.preset].text_len)
+
+    def encode(self, video: np.ndarray, prompt: str) -> ClipArrays:
+        """Arrays of one clip.
+
+        Args:
+            video: [t, h, w, 3] in [-1, 1].
+            prompt: caption.
+
+        Returns:
+            ids and mask [s], context [s, d], y [t', h', w', c], pool (and judge_pool) [t, e], and found [t]: which
+            frames have a face.
+        """
+        ids, mask = self.tokenizer([prompt])
+        arrays = {name: np.asarray(x.astype(jnp.float32)) for name, x in self._encode(video, ids, mask).items()}
+        return {"ids": ids[0], "mask": mask[0], **arrays}
+
+    @functools.cached_property
+    def _encode(self) -> Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, jax.Array]]:
+        cfg = self.cfg
+        networks: dict[str, Any] = {
+            "text": open_network(cfg, "text_encoder", self.sources.text_encoder, "prepare"),
+            "vae": open_network(cfg, "vae", self.sources.vae, "prepare"),
+            "reward": open_reward(cfg, self.sources.reward),
+        }
+        if self.judge:
+            networks["judge"] = open_judge(cfg, networks["reward"], self.judge)
+        # All weights are arguments: what a jitted function closes over becomes a constant of its program.
+        graph, weights = nnx.split(networks)
+        end = "end_image" in cfg.extra_inputs
+        conditioning = conditioning_of(DIT_PRESETS[cfg.preset])
+        assert conditioning is not None
+
+        @jax.jit
+        def encode(weights: nnx.State, video: jax.Array, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+            networks = nnx.merge(graph, weights)
+            image, last = video[None, 0], video[None, -1] if end else None
+            y = conditioning.encode(networks["vae"], image, video.shape[0], last)[0]
+            out = {"context": networks["text"].context(ids, mask)[0], "y": y}
+            out["pool"], out["found"] = networks["reward"].pool(video)
+            if "judge" in networks:
+                out["judge_pool"], _ = networks["judge"].pool(video)
+            return out
+
+        return functools.partial(encode, weights)
+
+
+def negative_context(cfg: Config, sources: Sources) -> np.ndarray:
+    """Text features of the negative prompt [s, d]."""
+    text = open_network(cfg, "text_encoder", sources.text_encoder, "prepare")
+    ids, mask = PromptTokenizer(sources.tokenizer, DIT_PRESETS[cfg.preset].text_len)([cfg.sampling.negative_prompt])
+    return np.asarray(text.context(jnp.asarray(ids), jnp.asarray(mask))[0].astype(jnp.float32))

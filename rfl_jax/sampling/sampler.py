@@ -1,0 +1,193 @@
+"""What of sampling is fixed before anything runs: noise levels, which network takes which steps, guidance; and the
+networks with a batch's conditioning bound to them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from rfl_jax.config import Config
+from rfl_jax.errors import UserError
+from rfl_jax.models.wan.conditioning import conditioning_of
+from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
+from rfl_jax.networks.parts import Frozen, Networks, States
+from rfl_jax.sampling.rollout import Expert, Latents, Velocity
+from rfl_jax.sampling.schedule import Span, make_sigmas, plan_spans
+
+Batch = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """The static part of sampling.
+
+    Attributes:
+        dit: shape of the DiTs.
+        sigmas: noise levels, one more than steps.
+        spans: which network takes which steps.
+        guidance: classifier-free guidance scale of each expert; 1 is none.
+    """
+
+    dit: DiTConfig
+    sigmas: Float[np.ndarray, " n"]
+    spans: tuple[Span, ...]
+    guidance: Mapping[str, float]
+
+    @property
+    def experts(self) -> list[str]:
+        """Networks that take steps."""
+        return sorted({span.expert for span in self.spans})
+
+    @property
+    def guided(self) -> bool:
+        """Whether any expert is guided, which takes the features of a negative prompt."""
+        return any(scale != 1.0 for scale in self.guidance.values())
+
+    def predictions(self, expert: str) -> int:
+        """Forward passes of one velocity."""
+        return 1 if self.guidance[expert] == 1.0 else 2
+
+
+def make_sampler(cfg: Config) -> Sampler:
+    """All steps of an update.
+
+    Raises:
+        UserError: a trained DiT that no step with gradient uses.
+    """
+    dit = DIT_PRESETS[cfg.preset]
+    sigmas = make_sigmas(cfg.num_inference_steps, cfg.sampling.shift)
+    boundary = None if dit.boundary is None else cfg.min_timestep_boundary
+    above = int(np.sum(sigmas[:-1] > np.float32(cfg.max_timestep_boundary)))
+    spans = plan_spans(sigmas, boundary=boundary, mid=max(cfg.mid_timestep, above), final=cfg.final_timestep)
+    reached = {span.expert for span in spans if span.gradient}
+    for name in set(cfg.trained) & {"dit", "dit2"}:
+        if name not in reached:
+            raise UserError(
+                f"config.trainable_models: {name} serves no step with gradient (steps {cfg.mid_timestep} to "
+                f"{cfg.final_timestep}), expected one of {', '.join(sorted(reached))} or a lower mid_timestep"
+            )
+    return Sampler(dit, sigmas, spans, dict.fromkeys(("dit", "dit2"), cfg.sampling.guidance_scale))
+
+
+def split_prefix(cfg: Config, sampler: Sampler) -> tuple[Sampler, Sampler]:
+    """The steps whose result depends on the clip and its noise alone, and those after them.
+
+    The first are the leading spans without gradient of networks that do not train, if nothing else they depend on
+    does. They are a program of their own, whether it runs once, for the cache, or in every update: so both agree to
+    the last bit.
+    """
+    count = 0
+    for span in sampler.spans:
+        if span.gradient or span.expert in cfg.trained or "text_encoder" in cfg.trained:
+            break
+        count += 1
+    before, after = sampler.spans[:count], sampler.spans[count:]
+    return dataclasses.replace(sampler, spans=before), dataclasses.replace(sampler, spans=after)
+
+
+def caches_prefix(cfg: Config, prefix: Sampler) -> bool:
+    """Whether the latents after the prefix are computed once and kept.
+
+    Raises:
+        UserError: that is asked for where it cannot be.
+    """
+    finite = cfg.noise.mode == "fixed" or cfg.noise.per_sample > 0
+    possible = bool(prefix.spans) and finite
+    if cfg.noise.prefix_cache == "on" and not possible:
+        raise UserError(
+            "config.noise.prefix_cache: on, but "
+            + ("what trains takes part in the first step" if finite else "noise.per_sample is 0: noises never repeat")
+        )
+    return possible and cfg.noise.prefix_cache != "off"
+
+
+def different_noises(cfg: Config) -> int:
+    """How many different noises a clip has before the first comes again; 0: it never does."""
+    return 1 if cfg.noise.mode == "fixed" else cfg.noise.per_sample
+
+
+def start_noise(
+    key: Array, clips: Int[Array, " b"], index: Int[Array, " b"], shape: tuple[int, ...], mode: str
+) -> Float[Array, "b ..."]:
+    """Standard normal latents.
+
+    Args:
+        key: the run's.
+        clips: numbers of the clips.
+        index: which of a clip's noises.
+        shape: of one video's latents.
+        mode: "fresh": a function of (key, clip, index); "fixed": of the key alone.
+    """
+    if mode == "fixed":
+        return jnp.broadcast_to(jax.random.normal(key, shape)[None], (clips.shape[0], *shape))
+
+    def draw(clip: Array, index: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, clip), index), shape)
+
+    return jax.vmap(draw)(clips, index)
+
+
+def latent_shape(sampler: Sampler, batch: Batch) -> tuple[int, ...]:
+    """Latent frames, rows, columns and channels of a batch's videos."""
+    return (*batch["y"].shape[1:4], sampler.dit.out_dim)
+
+
+def bind_experts(
+    networks: Networks, sampler: Sampler, params: States, frozen: Frozen, batch: Batch
+) -> tuple[dict[str, Expert], Callable[[Latents], Latents]]:
+    """The experts with a batch's conditioning, and what is done to latents between steps.
+
+    Args:
+        networks: static halves.
+        sampler: whose experts are bound.
+        params: weights that train.
+        frozen: all other weights.
+        batch: "y" [b, t, h, w, c] conditioning (none where no first frame is given), "context" [b, s, d] text
+            features, and with guidance "negative_context". The text encoder's tokens "ids" and "mask" instead of
+            "context" where it trains.
+    """
+    y = batch["y"].astype(jnp.float32) if "y" in batch else None
+    conditioning = None if y is None else conditioning_of(sampler.dit)
+    context = batch.get("context")
+    if "text_encoder" in networks.graphs:
+        context = networks.build("text_encoder", params, frozen).context(batch["ids"], batch["mask"])
+        context = context[:, : sampler.dit.text_len]
+
+    def velocity(model: Any, context: Array | None, scale: float) -> Velocity:
+        def one(x: Array, t: Array, context: Array | None) -> Array:
+            if conditioning is not None and y is not None:
+                x, t = conditioning.apply(x, t, y)
+            return model(x, t, context)
+
+        def guided(x: Latents, t: Float[Array, " b"]) -> Latents:
+            v = one(x, t, context)
+            if scale == 1.0:
+                return v
+            shape = (x.shape[0], *batch["negative_context"].shape[1:])
+            away = one(x, t, jnp.broadcast_to(batch["negative_context"], shape))
+            return away + scale * (v - away)
+
+        return guided
+
+    experts = {}
+    still = jax.lax.stop_gradient(params)
+    still_context = None if context is None else jax.lax.stop_gradient(context)
+    for name in sampler.experts:
+        trains, scale = name in params, sampler.guidance[name]
+        reference = velocity(networks.build_reference(name, frozen), still_context, scale) if trains else None
+        experts[name] = Expert(
+            velocity(networks.build(name, params, frozen), context, scale),
+            reference,
+            velocity(networks.build(name, still, frozen), still_context, scale),
+        )
+
+    def keep(x: Latents) -> Latents:
+        return x if conditioning is None or y is None else conditioning.keep(x, y)
+
+    return experts, keep

@@ -1,0 +1,39 @@
+"""With what a run is trained: the content of its run.json."""
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from rfl_jax.data.cache import fingerprint
+from rfl_jax.networks.faces import detector_file, embedder_file
+from rfl_jax.training.setup import Run
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Versions, devices, weights by file and fingerprint, and how much is trained on how much."""
+    sources = run.inputs.sources
+    files = {name: sources.files(name) for name in ("dit", "dit2", "text_encoder", "vae")} | {
+        "detector": [detector_file(sources.reward)],
+        "embedder": [embedder_file(sources.reward)],
+    }
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "devices": {
+            "kind": jax.devices()[0].device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+            "mesh": dict(run.mesh.shape),
+        },
+        "weights": {name: {file: fingerprint(file) for file in paths} for name, paths in files.items() if paths},
+        "trained_parameters": {
+            name: sum(leaf.size for leaf in jax.tree.leaves(params)) for name, params in run.state.params.items()
+        },
+        "clips": {"trained_on": len(run.inputs.clips.training), "held_out": len(run.inputs.clips.held_out)},
+        "steps": run.inputs.steps,
+    }
