@@ -1,19 +1,16 @@
 """Where converted weights come from, written beside them and shown by `python -m convert inspect DIR`."""
 
-import hashlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from convert import store
 from rfl_jax.errors import UserError
-from rfl_jax.files import files_below
+from rfl_jax.fingerprint import content_of, files_of
 
 MAPPING_VERSION = 1  # of the key tables and layouts; a new number where the same source gives other arrays
-SAMPLE_BYTES, SAMPLE_EVERY = 1 << 16, 1 << 24
 
 
 def of_sources(
@@ -27,27 +24,14 @@ def of_sources(
         loras: adapters that were merged, and their strengths.
         dtype: as asked for; None: as in the source.
     """
-    found = [file for name in files for file in files_below(epath.Path(name))]
+    found = [file for name in files for file in files_of(epath.Path(name))]
     return {
         "named": list(named),
-        "files": [{"name": f.name, "bytes": f.stat().length, "sha256_sampled": content_hash(f)} for f in found],
+        "files": [{"name": f.name, "bytes": f.stat().length, "content": content_of(f)} for f in found],
         "loras": [{"name": name, "strength": strength} for name, strength in loras],
         "mapping_version": MAPPING_VERSION,
         "dtype": dtype or "as in the source",
     }
-
-
-def content_hash(file: Path | epath.Path) -> str:
-    """SHA-256 of a file's size and of 64 KiB of every 16 MiB, its end included: all of a small file, and a fraction of
-    a second for a large one.
-    """
-    size = epath.Path(file).stat().length
-    digest = hashlib.sha256(str(size).encode())
-    with epath.Path(file).open("rb") as stream:
-        for start in (*range(0, size, SAMPLE_EVERY), max(0, size - SAMPLE_BYTES)):
-            stream.seek(start)
-            digest.update(stream.read(SAMPLE_BYTES if size > SAMPLE_BYTES * 64 else size))
-    return digest.hexdigest()
 
 
 def show(directory: str) -> None:
@@ -66,7 +50,9 @@ def show(directory: str) -> None:
         if name in content["origin"]:
             print(f"{name:12s}{content['origin'][name]}")
     for entry in content["origin"].get("files", ()):
-        print(f"file        {entry['name']}  {entry['bytes']:,} bytes  sha256_sampled {entry['sha256_sampled'][:16]}")
+        # Earlier releases noted a hash of samples, which says nothing of the whole.
+        held = entry.get("content", "content unknown")
+        print(f"file        {entry['name']}  {entry['bytes']:,} bytes  {held}")
     for entry in content["origin"].get("loras", ()):
         print(f"merged      {entry['name']} at {entry['strength']}")
     for name, (shape, dtype) in sorted(arrays.items()):

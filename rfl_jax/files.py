@@ -1,7 +1,8 @@
 """Files in local folders and in buckets (`gs://`), written whole or not at all."""
 
 import contextlib
-from pathlib import Path
+import os
+from pathlib import Path, PurePosixPath
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -10,9 +11,20 @@ from etils import epath
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 
 
+def user_cache() -> Path:
+    """The user's folder of what is fetched and computed once: RFL_JAX_CACHE, or rfl_jax in ~/.cache."""
+    return Path(os.environ.get("RFL_JAX_CACHE") or Path.home() / ".cache" / "rfl_jax")
+
+
 def is_remote(path: Path | epath.Path) -> bool:
     """Whether it lies in a bucket."""
     return "://" in str(path)
+
+
+def stays_below(name: str) -> bool:
+    """Whether a path that a file or a server names stays in the folder that it is relative to."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def files_below(path: epath.Path) -> list[epath.Path]:

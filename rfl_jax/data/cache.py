@@ -1,7 +1,6 @@
 """Prepared clips as files: one npz a clip, one for each of its noises after the frozen prefix."""
 
 import dataclasses
-import hashlib
 import io
 import zipfile
 
@@ -9,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from rfl_jax.data.metadata import Clip
-from rfl_jax.files import files_below, write_whole
+from rfl_jax.files import write_whole
 
 ClipArrays = dict[str, np.ndarray]
 
@@ -60,17 +59,3 @@ def write_arrays(file: epath.Path, values: ClipArrays) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **values)
     write_whole(file, buffer.getvalue())
-
-
-def fingerprint(path: str) -> str:
-    """A short hash of a file or folder: names, sizes, and the first and last 64 KiB of each file."""
-    digest = hashlib.sha256()
-    root = epath.Path(path)
-    for file in files_below(root):
-        size = file.stat().length
-        digest.update(f"{str(file).removeprefix(str(root))}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(65536))
-            stream.seek(max(0, size - 65536))
-            digest.update(stream.read())
-    return digest.hexdigest()[:16]

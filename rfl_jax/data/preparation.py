@@ -11,12 +11,13 @@ from etils import epath
 from tqdm import tqdm
 
 from rfl_jax import hosts
-from rfl_jax.data.cache import PreparedClip, fingerprint, write_arrays
+from rfl_jax.data.cache import PreparedClip, write_arrays
 from rfl_jax.data.encoding import ClipEncoder
 from rfl_jax.data.metadata import Clip
 from rfl_jax.data.sizes import clip_settings
 from rfl_jax.data.videos import read_clip
 from rfl_jax.errors import UserError
+from rfl_jax.fingerprint import fingerprint
 from rfl_jax.networks.faces import detector_file, embedder_file
 
 FORMAT = 2  # of the cached files; a new number makes old ones unused

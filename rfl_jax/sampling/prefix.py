@@ -19,7 +19,8 @@ from tqdm import tqdm
 from rfl_jax import hosts
 from rfl_jax.config import Config
 from rfl_jax.data.batching import Batches, filled, in_batches
-from rfl_jax.data.cache import PreparedClip, fingerprint, write_arrays
+from rfl_jax.data.cache import PreparedClip, write_arrays
+from rfl_jax.fingerprint import fingerprint
 from rfl_jax.networks.parts import Frozen, Networks, split_placed
 from rfl_jax.networks.table import open_network
 from rfl_jax.sampling.phases import phase_scope

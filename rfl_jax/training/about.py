@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from rfl_jax.data.cache import fingerprint
+from rfl_jax.fingerprint import fingerprint
 from rfl_jax.networks.faces import detector_file, embedder_file
 from rfl_jax.training.setup import Run
 

@@ -1,5 +1,6 @@
 """Orbax weights: written piece by piece, read by the pieces that a mesh needs, and where they come from."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -118,8 +119,9 @@ def test_inspect_tells_origin_and_parameters(tmp_path, monkeypatch, capsys):
     command(monkeypatch, "inspect", tmp_path / "vae")
     shown = capsys.readouterr().out
     size = (ASSETS / "vae" / VAE_FILE).stat().st_size
+    digest = hashlib.sha256((ASSETS / "vae" / VAE_FILE).read_bytes()).hexdigest()
     assert "component   vae" in shown
-    assert f"{VAE_FILE}  {size:,} bytes  sha256_sampled " in shown
+    assert f"{VAE_FILE}  {size:,} bytes  sha256:{digest}\n" in shown
     assert "dtype       bfloat16" in shown
     assert "mapping_version" in shown
     assert "decoder.conv_in.kernel" in shown

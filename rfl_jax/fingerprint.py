@@ -1,0 +1,138 @@
+"""What a file or a folder holds, as a text that differs wherever the content does."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+from etils import epath
+from fsspec.core import url_to_fs
+from tqdm import tqdm
+
+from rfl_jax.errors import UserError, first_line
+from rfl_jax.files import PICKLES, files_below, is_remote, stays_below, user_cache
+
+WEIGHTS = (".safetensors", ".index.json", *PICKLES)
+BLOCK = 1 << 22
+# A file that takes longer than about a second shows how far it is.
+SHOWN_FROM = 1 << 30
+# File systems keep times in steps of up to two seconds: a file that changed since may change again unseen.
+SETTLED_NS = 2_000_000_000
+# The hub's cache names large files by their SHA-256.
+HUB_BLOB = re.compile(r"/models--[^/]+/blobs/([0-9a-f]{64})$")
+
+
+def fingerprint(path: str | Path | epath.Path) -> str:
+    """Identifies the content of a source of weights, or of any file: equal for equal content, wherever it lies.
+
+    Returns:
+        Where `files_of` finds one file, its `content_of`; else `sha256:` and the SHA-256 of all their names and contents.
+
+    Raises:
+        UserError: there is no such file or folder, or it cannot be read.
+    """
+    root = epath.Path(path)
+    files = files_of(root)
+    if files == [root]:
+        return content_of(root)
+    folder = str(root if root.is_dir() else root.parent)
+    lines = [f"{str(file).removeprefix(folder)} {content_of(file)}\n" for file in files]
+    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+
+def files_of(root: epath.Path) -> list[epath.Path]:
+    """All files that a source is read from: those of a folder, an index and its shards, or a file; beside weights also
+    the config.json that holds their sizes.
+    """
+    if root.is_dir():
+        return files_below(root)
+    files = [root]
+    if root.name.endswith(".index.json"):
+        # What is wrong with an index is its reader's to say.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            names = sorted(set(json.loads(root.read_text())["weight_map"].values()))
+            files += [root.parent / name for name in names if stays_below(name)]
+    config = root.parent / "config.json"
+    if root.name.endswith(WEIGHTS) and config.exists():
+        files.append(config)
+    return files
+
+
+def content_of(file: epath.Path) -> str:
+    """Identifies the content of one file.
+
+    Returns:
+        `sha256:` and the SHA-256 of all of it, which is computed once and remembered until the file changes; the hub's
+        cache names its large files by it already. In a bucket `md5:` and what the bucket says, or the file's address and
+        generation where it says none.
+
+    Raises:
+        UserError: there is no such file, or it cannot be read.
+    """
+    try:
+        if is_remote(file):
+            return version_in_bucket(file) or f"sha256:{_sha256(file, file.stat().length)}"
+        local = Path(os.path.realpath(file))
+        named = HUB_BLOB.search(local.as_posix())
+        return f"sha256:{named[1] if named else _remembered(local)}"
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from None
+
+
+def version_in_bucket(file: epath.Path) -> str | None:
+    """What a bucket knows of a file's content; None where it tells nothing."""
+    try:
+        system, name = url_to_fs(str(file), use_listings_cache=False)
+        info = system.info(name)
+    except (ImportError, ValueError):  # no such file system here, or one that only TensorFlow can open
+        return None
+    if info.get("md5Hash"):
+        return f"md5:{info['md5Hash']}"
+    version = info.get("generation") or info.get("ETag") or info.get("etag")
+    return f"{file}#{version}" if version else None
+
+
+def _remembered(file: Path) -> str:
+    """The SHA-256 of a local file, computed only if the file is not as it was when it was last computed."""
+    note = user_cache() / "hashes" / f"{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}.json"
+    state = _state(file)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        known = json.loads(note.read_text())
+        if known["state"] == state:
+            return known["sha256"]
+    settled = time.time_ns() - max(state[1:3]) > SETTLED_NS
+    digest = _sha256(file, state[0])
+    if settled and _state(file) == state:
+        # Without a cache to write to it is computed again.
+        with contextlib.suppress(OSError):
+            _write(note, json.dumps({"file": str(file), "state": state, "sha256": digest}))
+    return digest
+
+
+def _state(file: Path) -> list[int]:
+    """Size, times of change in ns, and inode: the second time cannot be set back by who copies a file."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _sha256(file: Path | epath.Path, size: int) -> str:
+    digest = hashlib.sha256()
+    hidden = None if size > SHOWN_FROM else True
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"hash {file.name}", disable=hidden)
+    with bar, file.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def _write(note: Path, text: str) -> None:
+    """Each writer aside under a name of its own: several processes may meet here."""
+    note.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=note.parent, prefix=".", delete=False) as aside:
+        aside.write(text)
+    Path(aside.name).replace(note)
