@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from convert import adapters, origin, store, verify
 from convert.lora import EXPERT_OPTIONS, parse_strength
+from rfl_jax.chips import answer_libtpu
 from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.fetch import fetch
 from rfl_jax.files import is_remote
@@ -162,6 +163,7 @@ def _remove_unfinished(directory: str) -> None:
 
 
 if __name__ == "__main__":
+    answer_libtpu()
     logging.set_verbosity(logging.ERROR)
     try:
         with refuse_in_one_line("convert"):

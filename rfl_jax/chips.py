@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,13 +61,32 @@ ACCELERATOR_TYPES = {
     **{f"{name}-{chips}": f"tpu7x:{shape}" for chips, shape in _SOLID.items() for name in ("tpu7x", "v7x")},
 }
 
-# What libtpu asks a machine that is none of Google's; without them it waits for a metadata server.
+# What libtpu asks of a machine; where it finds no answer it complains, or waits for a metadata server.
 _LIBTPU_SETTINGS = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+
+
+def answer_libtpu() -> None:
+    """Gives libtpu what it asks of a machine without a TPU, which it would complain of on stderr in five lines; to be
+    called before any device is asked for. A machine with a TPU answers by itself.
+    """
+    # On a host of TPUs, jax has named its platforms when it was imported.
+    if not jax.config.jax_platforms and not _has_tpu_device():
+        _set_libtpu()
+
+
+def _has_tpu_device() -> bool:
+    """Whether there is a device file as TPUs have it: /dev/accel0, or in newer kernels /dev/vfio/0."""
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+def _set_libtpu() -> None:
+    for key, value in _LIBTPU_SETTINGS.items():
+        os.environ.setdefault(key, value)
 
 
 def devices_of(name: str) -> Sequence[Any]:
@@ -80,8 +100,7 @@ def devices_of(name: str) -> Sequence[Any]:
     topology = ACCELERATOR_TYPES.get(name, name).replace("v7x:", "tpu7x:")
     # The topology's devices are not this machine's, which may have none.
     jax.config.update("jax_platforms", "cpu")
-    for key, value in _LIBTPU_SETTINGS.items():
-        os.environ.setdefault(key, value)
+    _set_libtpu()
     # Imported late: it reads the settings above.
     from jax.experimental import topologies
 

@@ -12,6 +12,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from rfl_jax import hosts
+from rfl_jax.chips import answer_libtpu
 from rfl_jax.config import Config, default_text, grouped, parse
 from rfl_jax.errors import UserError, first_line, refuse_in_one_line
 
@@ -136,6 +137,7 @@ def run(main: Callable[[], None], command: str) -> None:
             # Without the others an orderly end would wait for them.
             os._exit(1)
 
+    answer_libtpu()
     # What Orbax warns of is for its developers; what a user must know is raised.
     logging.set_verbosity(logging.ERROR)
     with refuse_in_one_line(command):

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from convert import dit, export, store
+from rfl_jax.chips import answer_libtpu
 from rfl_jax.config import parse
 from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.files import write_whole
@@ -148,6 +149,7 @@ def _write_merged(trained: Trained, file: Path, naming: str, dtype: str | None) 
 
 
 if __name__ == "__main__":
+    answer_libtpu()
     logging.set_verbosity(logging.ERROR)
     with refuse_in_one_line("export"):
         main()

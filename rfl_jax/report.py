@@ -7,6 +7,7 @@ import argparse
 
 from etils import epath
 
+from rfl_jax.chips import answer_libtpu
 from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.files import write_whole
 from rfl_jax.reporting.collect import read_run
@@ -38,5 +39,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    answer_libtpu()
     with refuse_in_one_line("report"):
         main()

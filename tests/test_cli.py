@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from rfl_jax.config import Config
 from rfl_jax.errors import first_line
+from rfl_jax.miniature.world import ASSETS, VAE_FILE
 from rfl_jax.settings import settings
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +39,32 @@ def test_help_tells_the_commands_flags_and_the_settings(command):
         assert (f" {item.key}=" in words and item.expected in words and item.meaning in words) == (
             command != "evaluate"
         )
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (pip install libtpu)")
+def test_without_a_tpu_libtpu_is_silent(tmp_path):
+    # As a user has it: jax looks for every platform.
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS" and not k.startswith("TPU_")}
+
+    def run(*arguments):
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    refused = run("-m", "rfl_jax.plan", "--config=configs/mini.py", "--topology=nonsense")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith("plan: --topology: nonsense: expected local")
+    asked = "print(jax.devices()[0].platform)"
+    done = run("-c", f"import jax; from rfl_jax import cli; cli.run(lambda: {asked}, 'train')")
+    assert done.returncode == 0
+    assert done.stdout
+    assert done.stderr == ""
+    # Not because there would be nothing to silence.
+    if done.stdout == "cpu\n":
+        assert "TPU" in run("-c", f"import jax; {asked}").stderr
+    source = ASSETS / "vae" / VAE_FILE
+    done = run("-m", "convert", "vae", "--src", str(source), "--dst", str(tmp_path / "vae"))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_errors_first_line_is_its_types_name_where_it_says_nothing():
