@@ -1,26 +1,41 @@
 """Weights brought to this machine: from the Hugging Face hub, and from buckets that keep whole checkpoints."""
 
 import fnmatch
+import functools
+import glob
 import hashlib
 import json
-import os
 from pathlib import Path, PurePosixPath
 
 from etils import epath
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import (
+    HfApi,
+    ResolvedRevision,
+    get_cached_repo_tree,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import logging
 from tqdm import tqdm
 
 from rfl_jax.errors import UserError, first_line
-from rfl_jax.files import PICKLES, is_remote
+from rfl_jax.files import PICKLES, is_remote, stays_below, user_cache
+from rfl_jax.fingerprint import version_in_bucket
+
+# The library prints its warnings; the root logger, which absl has a handler at, would print them again.
+logging.disable_propagation()
 
 
 def fetch(source: str) -> list[str]:
-    """Local files of a source: the source itself; `hub:org/name[:pattern]` and checkpoints in buckets are fetched once
-    into the user's cache. From the hub a broken download goes on, from a bucket it begins anew.
+    """Local files of a source: the source itself; `hub:org/name[@revision][:pattern]` and checkpoints in buckets are
+    fetched once into the user's cache. From the hub a broken download goes on, from a bucket it begins anew.
 
     Args:
-        source: path, `gs://` path, or hub reference. A pattern is of file names with folders; without one all weights
-            at the top of the repository are meant. HF_ENDPOINT names another hub.
+        source: path, `gs://` path, or hub reference. A revision is a branch, a tag or a commit; a pattern is of file
+            names with folders, and without one all weights at the top of the repository are meant. HF_ENDPOINT names
+            another hub; with HF_HUB_OFFLINE=1, or where the hub does not answer, its cache has to hold them.
 
     Raises:
         UserError: it names nothing, or cannot be fetched.
@@ -33,19 +48,20 @@ def fetch(source: str) -> list[str]:
 
 
 def _from_hub(item: str) -> list[str]:
-    repository, _, pattern = item.partition(":")
-    if repository.count("/") != 1:
-        raise UserError(f"{item}: expected org/name:pattern")
+    named, _, pattern = item.partition(":")
+    repository, at, revision = named.partition("@")
+    if repository.count("/") != 1 or bool(at) != bool(revision):
+        raise UserError(f"{item}: expected org/name:pattern, or org/name@revision:pattern")
     try:
-        listed = HfApi().list_repo_files(repository)
+        commit = _commit(repository, revision or None)
+        listed = _listed(repository, commit)
         files = [f for f in listed if fnmatch.fnmatch(f, pattern)] if pattern else [f for f in listed if _is_weight(f)]
         if not files:
-            raise UserError(f"{repository}: no file matches {pattern or '*.safetensors'}")
+            raise UserError(f"{named}: no file matches {pattern or '*.safetensors'}")
         # What a network's sizes are read from lies beside its weights.
         beside = {str(PurePosixPath(f).with_name("config.json")) for f in files} & set(listed)
-        for f in sorted(beside - set(files)):
-            hf_hub_download(repository, f)
-        found = [hf_hub_download(repository, f) for f in sorted(files)]
+        _download(repository, commit, sorted({*files, *beside}))
+        found = [str(_cached(repository, commit, f)) for f in sorted(files)]
     except UserError:
         raise
     except Exception as error:  # the hub's library raises its own errors, its transport's and the system's
@@ -54,37 +70,89 @@ def _from_hub(item: str) -> list[str]:
     return indexes if len(indexes) == 1 else [f for f in found if not f.endswith("config.json")]
 
 
+@functools.cache
+def _commit(repository: str, revision: str | None) -> ResolvedRevision:
+    """The commit that a branch or tag is at now. Where the hub cannot be asked the one it was last fetched at, and the
+    hub's library says so in a line.
+    """
+    return HfApi().resolve_revision(repository, revision=revision)
+
+
+def _listed(repository: str, commit: ResolvedRevision) -> list[str]:
+    """Names of a commit's files; of those in the cache where neither the hub nor its cache lists them."""
+    try:
+        return [file.path for file in get_cached_repo_tree(repository, revision=commit)]
+    except CachedRepoTreeNotFoundError:
+        pass
+    try:
+        return HfApi().list_repo_files(repository, revision=commit.resolved)
+    except Exception:  # as above
+        try:
+            folder = Path(snapshot_download(repository, revision=commit, local_files_only=True))
+        except LocalEntryNotFoundError:
+            folder = None
+        if folder is None:
+            raise
+        return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+
+
+def _download(repository: str, commit: ResolvedRevision, files: list[str]) -> None:
+    missing = [file for file in files if _cached(repository, commit, file) is None]
+    if missing and is_offline_mode():
+        raise UserError(f"{repository}: HF_HUB_OFFLINE is set, and the hub's cache has no {missing[0]}")
+    if missing:
+        # A name is a pattern of itself alone.
+        snapshot_download(repository, revision=commit, allow_patterns=[glob.escape(file) for file in files])
+
+
+def _cached(repository: str, commit: ResolvedRevision, file: str) -> str | None:
+    found = try_to_load_from_cache(repository, file, revision=commit.resolved)
+    return found if isinstance(found, str) else None
+
+
 def _is_weight(name: str) -> bool:
     return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def _from_bucket(source: epath.Path) -> list[str]:
     """A copy in the user's cache; with an index its shards as well."""
-    folder = Path(os.environ.get("RFL_JAX_CACHE", Path.home() / ".cache" / "rfl_jax")) / "buckets"
-    base = folder / hashlib.sha256(str(source.parent).encode()).hexdigest()[:16]
+    base = user_cache() / "buckets" / hashlib.sha256(str(source.parent).encode()).hexdigest()[:16]
     try:
-        files = [source]
+        names = [source.name]
         if source.name.endswith(".index.json"):
-            names = set(json.loads(source.read_text())["weight_map"].values())
-            files += [source.parent / PurePosixPath(name).name for name in sorted(names)]
-        config = source.parent / "config.json"
-        for file in [*files, *([config] if config.exists() else [])]:
-            _copy(file, base / file.name)
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            names += sorted(set(json.loads(source.read_text())["weight_map"].values()))
+        for name in names:
+            if not stays_below(name):
+                raise UserError(f"{source}: shard {name} lies outside the folder of the index")
+        if (source.parent / "config.json").exists():
+            names.append("config.json")
+        for name in names:
+            _copy(source.parent / name, base / name)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise UserError(f"{source}: cannot be fetched ({first_line(error)})") from None
     return [str(base / source.name)]
 
 
 def _copy(file: epath.Path, target: Path) -> None:
-    there = file.stat()
-    size = there.length
-    if target.exists() and target.stat().st_size == size and target.stat().st_mtime >= there.mtime:
+    """Copies a file that is not there yet as the bucket has it now; beside it is noted which version that is."""
+    note = target.with_name(f".{target.name}.version")
+    version = _version(file)
+    if target.exists() and note.exists() and note.read_text() == version:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
+    note.unlink(missing_ok=True)
     aside = target.with_name(f".{target.name}.tmp")
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=file.name, disable=None)
+    bar = tqdm(total=file.stat().length, unit="B", unit_scale=True, desc=file.name, disable=None)
     with bar, file.open("rb") as source, aside.open("wb") as copy:
         while block := source.read(1 << 24):
             copy.write(block)
             bar.update(len(block))
+    if _version(file) != version:
+        raise UserError(f"{file}: changed while it was copied, expected a file that nobody is writing")
     aside.replace(target)
+    note.write_text(version)
+
+
+def _version(file: epath.Path) -> str:
+    stat = file.stat()
+    return version_in_bucket(file) or f"{stat.length} bytes of {stat.mtime}"

@@ -4,6 +4,8 @@ import hashlib
 import http.server
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from rfl_jax.miniature.world import ASSETS, DIT_FILES
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "someone/network"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TAGGED = "76543210fedcba9876543210fedcba9876543210"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -25,6 +28,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     files: dict[str, bytes] = {}  # noqa: RUF012 set by the fixture
+    tagged: dict[str, bytes] = {}  # noqa: RUF012 files of the revision v1
+    asked: list[str] = []  # noqa: RUF012 paths
     breaks: list[int] = []  # noqa: RUF012 after how many bytes the next downloads end
     ranges: list[str] = []  # noqa: RUF012 asked for
 
@@ -55,23 +60,26 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
-        if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
-            return self.json(
-                [
-                    {"type": "file", "oid": "a" * 40, "size": len(data), "path": name}
-                    for name, data in self.files.items()
-                ]
-            )
-        if path.startswith(f"/api/models/{REPOSITORY}"):
-            siblings = [{"rfilename": name} for name in self.files]
-            return self.json({"id": REPOSITORY, "modelId": REPOSITORY, "sha": COMMIT, "siblings": siblings})
-        start = f"/{REPOSITORY}/resolve/"
-        name = path.removeprefix(start).partition("/")[2]
-        if not path.startswith(start) or name not in self.files:
+        self.asked.append(path)
+        found = re.fullmatch(f"(/api/models)?/{REPOSITORY}(?:/(tree|revision|resolve)/([^/]+)/?(.*))?", path)
+        if not found:
+            return self.answer(404, {"X-Error-Code": "RepoNotFound", "Content-Length": "0"}, b"")
+        _, what, revision, name = found.groups()
+        commit = {None: COMMIT, "main": COMMIT, "v1": TAGGED}.get(revision, revision)
+        if commit not in (COMMIT, TAGGED):
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound", "Content-Length": "0"}, b"")
+        files = self.files if commit == COMMIT else self.tagged
+        if what == "tree":
+            entries = [{"type": "file", "oid": "a" * 40, "size": len(data), "path": n} for n, data in files.items()]
+            return self.json(entries)
+        if what != "resolve":
+            siblings = [{"rfilename": name} for name in files]
+            return self.json({"id": REPOSITORY, "modelId": REPOSITORY, "sha": commit, "siblings": siblings})
+        if name not in files:
             return self.answer(404, {"X-Error-Code": "EntryNotFound", "Content-Length": "0"}, b"")
-        data = self.files[name]
+        data = files[name]
         tag = hashlib.sha256(data).hexdigest()
-        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         asked = self.headers.get("Range")
         begin = 0
         if asked and self.command == "GET":
@@ -96,7 +104,7 @@ def hub(tmp_path):
         **folder,
         **{f"low/{name}": data for name, data in folder.items()},
     }
-    Hub.breaks, Hub.ranges = [], []
+    Hub.tagged, Hub.breaks, Hub.ranges, Hub.asked = {}, [], [], []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "HF_HUB_OFFLINE")} | {
@@ -113,15 +121,92 @@ def convert(hub, *arguments):
     return subprocess.run(command, env=hub, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+def fetched(hub, *sources):
+    """A process that prints the local files of each source."""
+    script = (
+        "import sys\n"
+        "from rfl_jax.errors import refuse_in_one_line\n"
+        "from rfl_jax.fetch import fetch\n"
+        "with refuse_in_one_line('fetch'):\n"
+        "    for source in sys.argv[1:]:\n"
+        "        print(*fetch(source))\n"
+    )
+    command = [sys.executable, "-c", script, *sources]
+    return subprocess.run(command, env=hub, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def contents(done):
+    assert done.returncode == 0, done.stderr
+    return [[Path(file).read_bytes() for file in line.split()] for line in done.stdout.splitlines()]
+
+
+def test_a_revision_is_what_it_was(hub):
+    Hub.files = {"model.safetensors": b"now"}
+    Hub.tagged = {"model.safetensors": b"then"}
+    sources = [f"hub:{REPOSITORY}", f"hub:{REPOSITORY}@v1:*.safetensors", f"hub:{REPOSITORY}@{TAGGED}"]
+    assert contents(fetched(hub, *sources)) == [[b"now"], [b"then"], [b"then"]]
+    for revision in ("v2", "0" * 40):
+        done = fetched(hub, f"hub:{REPOSITORY}@{revision}:*")
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert f"{REPOSITORY}@{revision}:*: cannot be fetched from the hub" in done.stderr
+
+
+@pytest.mark.parametrize("how", ["offline", "unreachable"])
+def test_what_is_in_the_cache_needs_no_hub(hub, how):
+    Hub.tagged = {"model.safetensors": b"then"}
+    low, tagged = f"hub:{REPOSITORY}:low/*", f"hub:{REPOSITORY}@v1"
+    first = fetched(hub, low, tagged, low)
+    away = hub | ({"HF_HUB_OFFLINE": "1"} if how == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"})
+    asked = len(Hub.asked)
+    done = fetched(away, low, tagged, low)
+    assert contents(done) == contents(first)
+    assert done.stdout == first.stdout
+    assert len(Hub.asked) == asked
+    # A line for each commit that could not be asked for; a commit that is named outright needs none.
+    assert done.stderr.count("Could not reach the Hub") == 2
+    assert done.stderr.count("\n") == 2, done.stderr
+    named = fetched(away, f"hub:{REPOSITORY}@{COMMIT}:low/*")
+    assert (named.stdout, named.stderr) == (first.stdout.splitlines(True)[0], "")
+
+
+def test_what_is_not_in_the_cache_is_named_where_the_hub_may_not_be_asked(hub):
+    contents(fetched(hub, f"hub:{REPOSITORY}:low/*"))
+    away = hub | {"HF_HUB_OFFLINE": "1"}
+    for source, message in (
+        (f"hub:{REPOSITORY}@{COMMIT}:diffusion*", "HF_HUB_OFFLINE is set, and the hub's cache has no "),
+        (f"hub:{REPOSITORY}@v1", f"{REPOSITORY}@v1: cannot be fetched from the hub"),
+    ):
+        done = fetched(away, source)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert message in done.stderr
+
+
+def test_a_cache_that_another_tool_filled_is_listed_by_its_files(hub):
+    script = f"from huggingface_hub import hf_hub_download\nhf_hub_download('{REPOSITORY}', 'README.md')"
+    subprocess.run([sys.executable, "-c", script], env=hub, check=True, capture_output=True)
+    done = fetched(hub | {"HF_HUB_OFFLINE": "1"}, f"hub:{REPOSITORY}:*")
+    assert contents(done) == [[b"# a network"]]
+
+
+def test_a_name_that_leaves_the_repository_is_refused(hub, tmp_path):
+    for name in ("../../../../outside.safetensors", "low/../../../../outside.safetensors", "/outside.safetensors"):
+        Hub.files = {name: b"harm"}
+        done = fetched(hub, f"hub:{REPOSITORY}:*outside*")
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert "cannot be fetched from the hub" in done.stderr
+        shutil.rmtree(tmp_path / "home")
+    assert not list(tmp_path.rglob("outside*"))
+
+
 def test_a_broken_download_goes_on_where_it_broke(hub):
     # Larger than the parts in which the library writes.
     data = b"".join(hashlib.sha256(bytes([i % 256, i // 256])).digest() for i in range(1 << 16)) * 12
     Hub.files["big.safetensors"] = data
     Hub.breaks = [15_000_000]
-    script = f"from rfl_jax.fetch import fetch\nprint(fetch('hub:{REPOSITORY}:big*')[0])"
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=hub, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = fetched(hub, f"hub:{REPOSITORY}:big*")
     assert done.returncode == 0, done.stderr
     assert not Hub.breaks
     # The rest alone was asked for again.
@@ -147,6 +232,7 @@ def test_what_the_hub_does_not_have_is_refused_in_one_line(hub, tmp_path):
         (f"hub:{REPOSITORY}:high/*", f"{REPOSITORY}: no file matches high/*"),
         ("hub:nobody/nothing:*", "nobody/nothing:*: cannot be fetched from the hub"),
         ("hub:network", "network: expected org/name:pattern"),
+        (f"hub:{REPOSITORY}@:*", "expected org/name:pattern, or org/name@revision:pattern"),
     ):
         done = convert(hub, "dit", "--src", source, "--dst", tmp_path / "out")
         assert done.returncode == 2
