@@ -83,6 +83,45 @@ def read(bucket, name):
         return response.read().decode()
 
 
+CHANGE = """
+import json, sys
+from etils import epath
+from rfl_jax.errors import UserError
+from rfl_jax.fetch import fetch
+from rfl_jax.fingerprint import content_of, fingerprint
+
+folder = epath.Path(sys.argv[1])
+file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+for content in ("once", "then", "once"):
+    file.write_text(content)
+    index.write_text(json.dumps({"weight_map": {"a": file.name}}))
+    (copy,) = fetch(str(file))
+    (listed,) = fetch(str(index))
+    print(content_of(file), fingerprint(folder), fingerprint(listed), epath.Path(copy).read_text())
+index.write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+try:
+    fetch(str(index))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_checkpoint_that_changes_in_a_bucket_is_another(bucket, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGE, f"gs://{BUCKET}/changing"], env=bucket | {"RFL_JAX_CACHE": str(tmp_path / "cache")},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    *lines, refused = done.stdout.splitlines()
+    first, second, third = (line.split() for line in lines)
+    assert [line[-1] for line in (first, second, third)] == ["once", "then", "once"]
+    # Three ways to name it, and each tells them apart.
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    assert first == third
+    assert first[0].startswith("md5:")
+    assert refused.endswith("shard ../outside.safetensors lies outside the folder of the index")
+
+
 def test_convert_train_stop_and_resume_in_a_bucket(bucket, tmp_path):
     draw_clips(tmp_path / "clips", 4, seed=5)
     # A checkpoint that itself lies in the bucket is converted by a command; the others by the same in one process.
