@@ -1,7 +1,7 @@
 """What is measured of one video: identity, motion, copying of the first frame, and the picture itself."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,6 +133,6 @@ def sharpness(video: UInt8[np.ndarray, "t h w 3"]) -> float:
     return float(laplacian.var((1, 2)).mean())
 
 
-def means(clips: Sequence[dict[str, float]]) -> dict[str, float]:
+def means(clips: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The mean of each measure over clips."""
     return {name: float(np.mean([clip[name] for clip in clips])) for name in MEASURES}
