@@ -14,6 +14,7 @@ from PIL import Image
 
 from rfl_jax.data.videos import encode_video
 from rfl_jax.errors import UserError
+from rfl_jax.files import stays_below
 from rfl_jax.runs import RunFolder
 
 # Larger videos are scaled down and encoded anew for the page.
@@ -51,6 +52,16 @@ class Run:
         """Videos of training, in their order."""
         folder = self.folder.samples
         return sorted(f for f in folder.iterdir() if f.name.endswith(".mp4")) if folder.is_dir() else []
+
+    def evaluation_video(self, name: str) -> epath.Path:
+        """A video that evaluation.json names.
+
+        Raises:
+            UserError: it lies outside the run's folder, and would come along with a page that is passed on.
+        """
+        if not stays_below(name):
+            raise UserError(f"{self.folder.evaluation}: {name} lies outside the run's folder")
+        return self.folder.path / name
 
 
 def read_run(folder: RunFolder) -> Run:

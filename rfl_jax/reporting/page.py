@@ -1,6 +1,7 @@
 """The page of a run: numbers, plots and videos in one file that needs nothing else."""
 
 import json
+import secrets
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,14 +29,17 @@ def render(run: Run, *, most: int) -> str:
         loader=jinja2.PackageLoader("rfl_jax.reporting", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    # Only what carries it runs or styles: whatever a name or a prompt smuggles in does not know it.
+    nonce = secrets.token_urlsafe(16)
     return environment.get_template("page.html.j2").render(
         run=run,
+        nonce=nonce,
         name=run.folder.path.name,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         done=run.steps >= run.total > 0,
         alarms=[entry for entry in (run.validation or {}).get("validations", []) if entry["alarm"]],
         measures=_measures(run),
-        charts=_charts(run),
+        charts=[(title, drawing.replace("<style ", f'<style nonce="{nonce}" ')) for title, drawing in _charts(run)],
         clips=_clips(run, most),
         clips_in_all=len(run.evaluation["clips"]) if run.evaluation else 0,
         samples=[] if run.evaluation else [(f.name, embed(f)) for f in run.samples[-LAST_SAMPLES:]],
@@ -127,7 +131,7 @@ def _clips(run: Run, most: int) -> list[dict[str, Any]]:
         videos = [
             {
                 "way": way,
-                "source": embed(run.folder.path / clip[way]["file"]),
+                "source": embed(run.evaluation_video(clip[way]["file"])),
                 "frames": json.dumps(clip[way]["frames"]),
                 "measures": {k: clip[way].get(k) for k in ("face_sim", "judge_sim", "motion", "copying")},
             }

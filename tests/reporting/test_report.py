@@ -22,6 +22,7 @@ from rfl_jax.runs import RunFolder
 from rfl_jax.training.validation import alarm
 
 CLIPS, FRAMES, SIZE = 5, 9, 64
+HOSTILE = """<img src=x onerror="document.title='hit'"> ' "></video><script>document.title='hit'</script>"""
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
@@ -66,7 +67,7 @@ def folder(tmp_path):
     clips = []
     for i in range(CLIPS):
         found = {"reference": scored(i, 1, 0.9), "base": scored(i, 1, 0.6), "tuned": scored(i + 10, 0.5, 0.5 + 0.1 * i)}
-        clip = {"video": f"clip_{i}.mp4", "prompt": "A <b>person</b> & friends."}
+        clip = {"video": f"clip_{i} {HOSTILE}.mp4", "prompt": f"A <b>person</b> & friends. {HOSTILE}"}
         for way, one in found.items():
             write_video(run / "evaluation" / f"{i:03d}_{way}.mp4", one.video)
             clip[way] = {"file": f"evaluation/{i:03d}_{way}.mp4", "frames": one.frames()}
@@ -121,10 +122,12 @@ def opened(driver, file, width):
     driver.get(f"file://{file}")
 
 
-def waits_for(driver, script):
+def waits_for(driver, condition):
+    """Until a script's result, or a function's, is true."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(driver, 30).until(lambda d: d.execute_script(script))
+    ask = condition if callable(condition) else lambda d: d.execute_script(condition)
+    return WebDriverWait(driver, 30).until(ask)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -144,7 +147,9 @@ def test_the_page_plays_and_shows_in_a_browser(folder, browser, tmp_path, width)
             )  # fmt: skip
             assert cell.strip() == f"{result[name][way]:.4f}"
     assert browser.execute_script("return document.querySelector('h1').textContent") == folder.name
-    assert "A <b>person</b> & friends." in browser.execute_script("return document.querySelector('.clip').textContent")
+    assert f"A <b>person</b> & friends. {HOSTILE}" in browser.execute_script(
+        "return document.querySelector('.clip').textContent"
+    )
 
     # Worst first, each with its three videos.
     order = browser.execute_script("return [...document.querySelectorAll('.clip')].map(c => c.dataset.clip)")
@@ -186,6 +191,23 @@ def test_the_page_plays_and_shows_in_a_browser(folder, browser, tmp_path, width)
     urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
     assert urls
     assert all(url.startswith(("file:", "data:", "blob:")) for url in urls)
+    # Even markup that found its way in could do nothing.
+    title = browser.execute_script("return document.title")
+    assert title == f"{folder.name}: reward feedback run"
+    browser.execute_script("""
+        document.querySelector('main').insertAdjacentHTML('beforeend', arguments[0]);
+        const script = document.createElement('script');
+        script.textContent = "document.title = 'hit'";
+        document.body.append(script);
+    """, HOSTILE)  # fmt: skip
+    refused = []
+
+    def counted(_):
+        refused.extend(e for e in browser.get_log("browser") if "Content Security Policy" in e["message"])
+        return len(refused) >= 3
+
+    waits_for(browser, counted)
+    assert browser.execute_script("return document.title") == title
 
 
 def test_the_alarm_is_on_the_page(folder):
@@ -239,6 +261,13 @@ def test_what_is_no_run_is_refused_in_one_line(folder, tmp_path):
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1
         assert message in done.stderr
+    (folder.parent / "outside.mp4").write_bytes(b"private")
+    content = (folder / "evaluation.json").read_text()
+    for name in ("../outside.mp4", f"{folder.parent}/outside.mp4", "evaluation/../../outside.mp4", "..\\\\outside.mp4"):
+        (folder / "evaluation.json").write_text(content.replace("evaluation/000_base.mp4", name))
+        with pytest.raises(UserError, match=r"evaluation\.json: .*outside\.mp4 lies outside the run's folder"):
+            render(read_run(RunFolder(folder)), most=CLIPS)
+    (folder / "evaluation.json").write_text(content)
     (folder / "evaluation" / "000_base.mp4").unlink()
     with pytest.raises(UserError, match=r"000_base\.mp4: no such video"):
         render(read_run(RunFolder(folder)), most=CLIPS)
