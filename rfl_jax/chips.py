@@ -81,7 +81,7 @@ def answer_libtpu() -> None:
 
 def _has_tpu_device() -> bool:
     """Whether there is a device file as TPUs have it: /dev/accel0, or in newer kernels /dev/vfio/0."""
-    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 
 
 def _set_libtpu() -> None:
