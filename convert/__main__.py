@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         one = commands.add_parser(kind, help=f"convert {kind} weights")
         one.add_argument(
             "--src", nargs="+", required=True,
-            help="checkpoint files, a folder of shards, a pickle or an ONNX file; gs://..., or hub:org/name[:pattern]",
+            help="checkpoint files, a folder of shards, a pickle or an ONNX file; gs://..., or hub:org/name[@revision][:pattern]",
         )  # fmt: skip
         one.add_argument("--dst", required=True, help="folder to write; it must not exist yet")
         one.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="sizes that weights do not tell")

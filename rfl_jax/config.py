@@ -184,7 +184,7 @@ class Original:
         str, "JSON list, or file of one: high-noise expert, low-noise expert (absent for the 5B), text encoder, VAE."
     ] = ""
     model_id_with_origin_paths: Annotated[
-        Names, "The same on the Hugging Face hub as org/name:pattern, where model_paths is empty."
+        Names, "The same on the Hugging Face hub as org/name[@revision]:pattern, where model_paths is empty."
     ] = ()
     tokenizer_path: Annotated[str, "UMT5's tokenizer.json or its folder; empty: fetched from the hub."] = ""
     reward_model_path: Annotated[str, "Folder of antelopev2's detector and embedder (ONNX, or converted)."] = ""

@@ -114,7 +114,9 @@ def test_processes_remember_side_by_side(file, tmp_path):
     assert [p.suffix for p in (tmp_path / "cache" / "hashes").iterdir()] == [".json"]
 
 
-def test_the_hubs_own_name_is_taken(tmp_path, read, monkeypatch):
+def test_the_hubs_own_name_is_taken_until_the_file_changes(tmp_path, read, monkeypatch):
+    monkeypatch.setenv("RFL_JAX_CACHE", str(tmp_path / "cache"))
+    later(monkeypatch)
     data = b"some weights"
     digest = hashlib.sha256(data).hexdigest()
     blob = tmp_path / "models--a--b" / "blobs" / digest
@@ -126,9 +128,11 @@ def test_the_hubs_own_name_is_taken(tmp_path, read, monkeypatch):
     assert fingerprint(link) == f"sha256:{digest}"
     assert read == []
     # The same content outside the hub's cache is the same.
-    monkeypatch.setenv("RFL_JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "copy.safetensors").write_bytes(data)
     assert fingerprint(tmp_path / "copy.safetensors") == f"sha256:{digest}"
+    # Who writes through the link is found out.
+    flip(link, 3)
+    assert fingerprint(link) == f"sha256:{hashlib.sha256(blob.read_bytes()).hexdigest()}" != f"sha256:{digest}"
 
 
 def test_a_folder_changes_with_a_name_or_a_file_in_it(file):
