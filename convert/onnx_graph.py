@@ -11,7 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
-from rfl_jax.errors import UserError
+from rfl_jax.errors import UserError, first_line
 
 PASS_THROUGH = ("Identity", "Dropout")
 SIDE_CHAINS = ("Shape",)
@@ -48,6 +48,8 @@ class Graph:
             model = onnx.load(file)
         except (DecodeError, OSError, ValueError) as error:
             raise UserError(f"{file}: expected an ONNX model ({type(error).__name__})") from None
+        except onnx.checker.ValidationError as error:
+            raise UserError(f"{file}: expected an ONNX model with its data beside it ({first_line(error)})") from None
         graph = model.graph
         if not graph.node or not graph.output:
             raise UserError(f"{file}: expected an ONNX model with operators and outputs")

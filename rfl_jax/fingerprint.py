@@ -50,8 +50,8 @@ def fingerprint(path: str | Path | epath.Path) -> str:
 
 
 def files_of(root: epath.Path) -> list[epath.Path]:
-    """All files that a source is read from: those of a folder, an index and its shards, or a file; beside weights also
-    the config.json that holds their sizes.
+    """All files that a source is read from: those of a folder, an index and its shards, or a file; and what lies beside
+    it by the name that belongs there, which is the config.json with the sizes of weights, or the data of an ONNX graph.
     """
     if root.is_dir():
         return files_below(root)
@@ -61,10 +61,10 @@ def files_of(root: epath.Path) -> list[epath.Path]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             names = sorted(set(json.loads(root.read_text())["weight_map"].values()))
             files += [root.parent / name for name in names if stays_below(name)]
-    config = root.parent / "config.json"
-    if root.name.endswith(WEIGHTS) and config.exists():
-        files.append(config)
-    return files
+    beside = ["config.json"] if root.name.endswith(WEIGHTS) else []
+    if root.name.endswith(".onnx"):
+        beside = [f"{root.name}.data", f"{root.name}_data"]
+    return files + [root.parent / name for name in beside if (root.parent / name).exists()]
 
 
 def content_of(file: epath.Path) -> str:

@@ -162,6 +162,15 @@ def test_an_index_stands_for_its_shards_and_weights_for_the_sizes_beside_them(fi
     assert fingerprint(file) != content_of(file)
 
 
+def test_an_onnx_graph_comes_with_its_data(tmp_path):
+    graph, data = epath.Path(tmp_path / "net.onnx"), epath.Path(tmp_path / "net.onnx.data")
+    graph.write_bytes(b"graph")
+    alone = fingerprint(graph)
+    data.write_bytes(b"data")
+    assert files_of(graph) == [graph, data]
+    assert fingerprint(graph) != alone
+
+
 def test_what_is_not_there_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"none\.onnx: cannot be read \(No such file"):
         fingerprint(tmp_path / "none.onnx")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -60,6 +61,19 @@ def shard_outside(tmp_path):
     return "dit", tmp_path
 
 
+def data_outside(tmp_path):
+    """An ONNX graph whose weights are said to lie elsewhere."""
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../outside")
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [4]) for name in "ab"]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["a", "w"], ["b"])], "g", ends[:1], ends[1:], [tensor]
+    )  # fmt: skip
+    (tmp_path.parent / "outside").write_bytes(bytes(16))
+    (tmp_path / "net.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    return "arcface", tmp_path / "net.onnx"
+
+
 def bad_index(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{")
     return "dit", tmp_path
@@ -89,6 +103,7 @@ CASES = {
         "missing tensor encoder.conv1.weight",
     ),
     "a detector as embedder": (lambda p: ("arcface", ASSETS / DETECTOR_FILE), "expected PRelu"),
+    "ONNX data outside the folder": (data_outside, "net.onnx: expected an ONNX model with its data beside it"),
     "text as ONNX": (lambda p: ("scrfd", ROOT / "README.md"), "README.md: expected an ONNX model"),
 }
 
