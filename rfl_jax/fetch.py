@@ -1,5 +1,7 @@
 """Weights brought to this machine: from the Hugging Face hub, and from buckets that keep whole checkpoints."""
 
+import contextlib
+import fcntl
 import fnmatch
 import functools
 import glob
@@ -87,13 +89,10 @@ def _listed(repository: str, commit: ResolvedRevision) -> list[str]:
     try:
         return HfApi().list_repo_files(repository, revision=commit.resolved)
     except Exception:  # as above
-        try:
+        with contextlib.suppress(LocalEntryNotFoundError):
             folder = Path(snapshot_download(repository, revision=commit, local_files_only=True))
-        except LocalEntryNotFoundError:
-            folder = None
-        if folder is None:
-            raise
-        return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+            return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        raise
 
 
 def _download(repository: str, commit: ResolvedRevision, files: list[str]) -> None:
@@ -127,32 +126,41 @@ def _from_bucket(source: epath.Path) -> list[str]:
         if (source.parent / "config.json").exists():
             names.append("config.json")
         for name in names:
-            _copy(source.parent / name, base / name)
+            _copy_once(source.parent / name, base / name)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise UserError(f"{source}: cannot be fetched ({first_line(error)})") from None
     return [str(base / source.name)]
 
 
-def _copy(file: epath.Path, target: Path) -> None:
+def _copy_once(file: epath.Path, target: Path) -> None:
     """Copies a file that is not there yet as the bucket has it now; beside it is noted which version that is."""
-    note = target.with_name(f".{target.name}.version")
-    version = _version(file)
-    if target.exists() and note.exists() and note.read_text() == version:
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    note.unlink(missing_ok=True)
+    note = target.with_name(f".{target.name}.version")
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        # Of several processes of a run one copies, and the others find it done.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        version = _version(file)
+        if target.exists() and note.exists() and note.read_text() == version:
+            return
+        note.unlink(missing_ok=True)
+        _copy(file, target)
+        if _version(file) != version:
+            raise UserError(f"{file}: changed while it was copied, expected a file that nobody is writing")
+        note.write_text(version)
+
+
+def _copy(file: epath.Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}.tmp")
     bar = tqdm(total=file.stat().length, unit="B", unit_scale=True, desc=file.name, disable=None)
     with bar, file.open("rb") as source, aside.open("wb") as copy:
         while block := source.read(1 << 24):
             copy.write(block)
             bar.update(len(block))
-    if _version(file) != version:
-        raise UserError(f"{file}: changed while it was copied, expected a file that nobody is writing")
     aside.replace(target)
-    note.write_text(version)
 
 
 def _version(file: epath.Path) -> str:
+    if known := version_in_bucket(file):
+        return known
     stat = file.stat()
-    return version_in_bucket(file) or f"{stat.length} bytes of {stat.mtime}"
+    return f"{stat.length} bytes of {stat.mtime}"
