@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -208,6 +209,20 @@ def test_the_page_plays_and_shows_in_a_browser(folder, browser, tmp_path, width)
 
     waits_for(browser, counted)
     assert browser.execute_script("return document.title") == title
+
+
+def test_names_and_prompts_stay_text_and_only_the_pages_own_script_runs(folder):
+    page = render(read_run(RunFolder(folder)), most=CLIPS)
+    assert page.count("&lt;img src=x onerror=") >= 2 * CLIPS
+    assert "<img" not in page
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)[1]
+    assert "default-src 'none'" in policy
+    nonce = re.search(r"script-src 'nonce-([\w-]+)'", policy)[1]
+    assert set(re.findall(r"<(?:script|style)[^>]*>", page)) == {
+        f'<script nonce="{nonce}">', f'<style nonce="{nonce}">', f'<style nonce="{nonce}" type="text/css">'
+    }  # fmt: skip
+    # Another page, another.
+    assert nonce not in render(read_run(RunFolder(folder)), most=0)
 
 
 def test_the_alarm_is_on_the_page(folder):
