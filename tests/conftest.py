@@ -8,6 +8,8 @@ from jaxtyping import install_import_hook
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What is remembered of files, not in the home of who runs the tests.
+os.environ.setdefault("RFL_JAX_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "rfl_jax"))
 # Many tests compile the same step; the second one reads it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
