@@ -227,6 +227,11 @@ class Config(Original):
         "File of adapters to begin with; of several networks NETWORK=FILE,NETWORK=FILE. The KL's reference has none.",
     ] = ""
     max_steps: Annotated[int, AtLeast(1, -1, "whole epochs"), "Steps of the run."] = -1
+    max_bad_steps: Annotated[
+        int,
+        AtLeast(1),
+        "Steps in a row with an update that was skipped, as loss, gradient or new weights were not finite, that end the run.",
+    ] = 5
     sample_every: Annotated[
         int, AtLeast(0), "Steps between videos in samples/; the first and the last step have one too; 0: none."
     ] = 25

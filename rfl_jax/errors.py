@@ -1,4 +1,4 @@
-"""The one exception that reaches the user as a line of text instead of a traceback."""
+"""The exceptions that reach the user as a line of text instead of a traceback."""
 
 import argparse
 import contextlib
@@ -9,6 +9,10 @@ from typing import NoReturn
 
 class UserError(Exception):
     """A bad input. The message names the file, row or key and what was expected."""
+
+
+class Failure(Exception):
+    """What ended a command though its inputs were good. The message says what, and how to go on."""
 
 
 def first_line(error: BaseException) -> str:
@@ -25,12 +29,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def refuse_in_one_line(command: str) -> Iterator[None]:
-    """Turns `UserError` into one line on stderr and exit status 2, Ctrl-C into status 130."""
+    """Turns `UserError` into one line on stderr and exit status 2, `Failure` into status 1, Ctrl-C into 130."""
     try:
         yield
     except UserError as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Failure as error:
+        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         sys.exit(130)

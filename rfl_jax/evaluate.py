@@ -33,7 +33,7 @@ def main() -> None:
         state, _, _ = checkpoints.restore(int(checkpoint.name), run.state)
     held_out = run.open_held_out()
     params = {"base": held_out.untrained(state.params), "tuned": state.params}
-    result = evaluate(held_out, params, folder, int(state.step) // run.inputs.updates_per_step)
+    result = evaluate(held_out, params, folder, int(checkpoint.name))
     if is_writer():
         show(result)
         print(f"written: {folder.evaluation}, {folder.evaluation_files}/")

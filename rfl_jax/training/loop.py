@@ -12,11 +12,13 @@ import numpy as np
 
 from rfl_jax.chips import peak_flops
 from rfl_jax.config import dumps
+from rfl_jax.errors import Failure
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
 from rfl_jax.training.about import describe
 from rfl_jax.training.checkpoint import Checkpoints
+from rfl_jax.training.finite import checked_names, first_not_finite
 from rfl_jax.training.flops import dit_flops
 from rfl_jax.training.profile import Profiler
 from rfl_jax.training.progress import Hook, Progress, resume
@@ -47,7 +49,11 @@ class Trained:
 
 
 def train(run: Run, folder: RunFolder) -> Trained:
-    """Runs to the last step, or to the interruption."""
+    """Runs to the last step, or to the interruption.
+
+    Raises:
+        Failure: `max_bad_steps` steps in a row were not finite.
+    """
     cfg, total = run.cfg, run.inputs.steps
     with contextlib.ExitStack() as opened:
         checkpoints = opened.enter_context(Checkpoints(folder.checkpoints))
@@ -73,25 +79,41 @@ def train(run: Run, folder: RunFolder) -> Trained:
         while not ended():
             for hook in hooks:
                 hook.before(progress.step + 1)
-            line, video = take_step(run, progress)
+            line, video, not_finite = take_step(run, progress)
+            if progress.bad_steps >= cfg.max_bad_steps:
+                record.write(line)
+                raise Failure(_blown_up(run, progress, not_finite, checkpoints.latest()))
             stop.agree()
             for hook in hooks:
                 line |= hook.after(progress, line, stopping=stop.agreed)
             record.write(line)
             if cfg.sample_every and (progress.step % cfg.sample_every == 0 or progress.step in (1, total)):
                 record.video(progress.step, np.asarray(video))
-            if progress.step % cfg.save_steps == 0 or ended():
+            # Until a finite step the last checkpoint is one to go on from.
+            if (progress.step % cfg.save_steps == 0 and not progress.bad_steps) or ended():
                 progress.save(checkpoints)
                 record.saved(progress.step)
     finished = progress.step == total or (validation is not None and validation.exhausted)
     return Trained(progress.state, progress.step, finished, validation)
 
 
-def take_step(run: Run, progress: Progress) -> tuple[dict[str, Any], jax.Array]:
+def _blown_up(run: Run, progress: Progress, not_finite: str, latest: int | None) -> str:
+    """What is said when too many steps in a row were not finite."""
+    broken = first_not_finite(run.frozen.rest)
+    cause = f" (the weights {broken} hold NaN or infinity)" if broken else ""
+    checkpoint = "there is no checkpoint" if latest is None else f"the last good checkpoint is that of step {latest}"
+    return (
+        f"step {progress.step}: {not_finite} is not finite{cause}; {progress.bad_steps} steps in a row had updates that "
+        f"were skipped (config.max_bad_steps={run.cfg.max_bad_steps}); {checkpoint}, and the same command goes on from there"
+    )
+
+
+def take_step(run: Run, progress: Progress) -> tuple[dict[str, Any], jax.Array, str]:
     """Moves a run on by one step of `train_batch_size` videos.
 
     Returns:
-        The step's line of metrics.jsonl, and one of its videos, uint8 [t, h, w, 3].
+        The step's line of metrics.jsonl; one of its videos, uint8 [t, h, w, 3]; and the first tensor, or "loss", for
+        which an update was skipped, empty if none was.
     """
     inputs = run.inputs
     begin = time.perf_counter()
@@ -101,14 +123,18 @@ def take_step(run: Run, progress: Progress) -> tuple[dict[str, Any], jax.Array]:
         progress.state, metrics = run.update(progress.state, run.frozen, batch, progress.key)
         updates.append(metrics)
         flops += dit_flops(run.cfg, inputs.whole_sampler, arrays["y"].shape[1:4], inputs.batches.samples)[0]
-    values = jax.device_get([{name: metrics[name] for name in METRICS} for metrics in updates])
+    values = jax.device_get([{name: metrics[name] for name in (*METRICS, "finite")} for metrics in updates])
     seconds = time.perf_counter() - begin
     progress.step += 1
+    skipped = [x["finite"] for x in values if not x["finite"].all()]
+    progress.bad_steps = progress.bad_steps + 1 if skipped else 0
     peak = peak_flops()
     line: dict[str, Any] = {
         "step": progress.step,
         **{name: float(np.mean([x[name] for x in values])) for name in METRICS},
+        "skipped_updates": len(skipped),
         "step_time_s": seconds,
         "mfu": flops / seconds / peak if peak else None,
     }
-    return line, updates[-1]["video"]
+    not_finite = checked_names(progress.state.params)[int(np.argmin(skipped[0]))] if skipped else ""
+    return line, updates[-1]["video"], not_finite

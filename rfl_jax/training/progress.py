@@ -24,12 +24,14 @@ class Progress:
         state: weights and optimizer.
         key: of all randomness.
         data: iterator over batches.
+        bad_steps: the last steps in a row of which an update was skipped.
     """
 
     step: int
     state: TrainState
     key: jax.Array
     data: grain.DatasetIterator
+    bad_steps: int = 0
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Starts writing a checkpoint, unless it is there."""

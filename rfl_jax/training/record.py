@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -113,7 +114,7 @@ class Record(Silent):
         write_whole(self._file, "".join(line + "\n" for line in self._lines))
 
     def write(self, line: Mapping[str, Any]) -> None:
-        text = json.dumps(line)
+        text = _json(line)
         if self._remote:
             self._lines.append(text)
             self._rewrite()
@@ -122,7 +123,8 @@ class Record(Silent):
                 stream.write(text + "\n")
         step = line["step"]
         if step % self._every == 0 or step == self._total or "eval_face_sim" in line:
-            scalars = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
+            numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
+            scalars = {k: v for k, v in numbers.items() if math.isfinite(v)}
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
             if self._wandb:
@@ -138,7 +140,7 @@ class Record(Silent):
 
     def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._lines and json.loads(self._lines[-1])["step"] == step:
-            self._lines[-1] = json.dumps(json.loads(self._lines[-1]) | metrics)
+            self._lines[-1] = _json(json.loads(self._lines[-1]) | metrics)
             self._rewrite()
 
     def video(self, step: int, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
@@ -177,6 +179,12 @@ class Record(Silent):
             shutil.rmtree(self._local)
         if self._wandb:
             self._wandb.finish()
+
+
+def _json(line: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl, where null stands for what is not finite: JSON has no word for it."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    return json.dumps(finite, allow_nan=False)
 
 
 def _open_wandb(cfg: Config, workdir: epath.Path) -> Any:

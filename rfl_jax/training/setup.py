@@ -12,6 +12,7 @@ from rfl_jax import hosts
 from rfl_jax.config import Config
 from rfl_jax.data.dataset import make_iterator
 from rfl_jax.evaluation.held_out import HeldOut
+from rfl_jax.errors import UserError
 from rfl_jax.networks.faces import open_reward
 from rfl_jax.networks.parts import Frozen, Networks, States, frozen_places, split_networks
 from rfl_jax.networks.table import open_network
@@ -20,6 +21,7 @@ from rfl_jax.sampling.prefix import jit_prefix
 from rfl_jax.sampling.sampler import different_noises
 from rfl_jax.sharding import BATCH, batch_shards
 from rfl_jax.sources import Sources
+from rfl_jax.training.finite import first_not_finite
 from rfl_jax.training.inputs import Inputs, prepare_inputs
 from rfl_jax.training.optim import learning_rate, optimizer
 from rfl_jax.training.state import TrainState, create_state, start_from, state_places
@@ -125,6 +127,10 @@ def set_up(cfg: Config, folder: RunFolder, devices: Sequence[Any] | None = None)
     schedule = learning_rate(cfg, inputs.steps * inputs.updates_per_step)
     places = state_places(params, tx, cfg, mesh)
     params = jax.tree.map(hosts.place, params, places.params)
+    if broken := first_not_finite(params):
+        raise UserError(
+            f"{broken}: holds NaN or infinity before training, expected numbers in the weights it begins with"
+        )
     frozen = jax.tree.map(hosts.place, frozen, frozen_places(cfg, frozen, mesh))
     state = jax.jit(lambda p: create_state(p, tx), out_shardings=places)(params)
     step = jit_step(cfg, networks, inputs.sampler, tx, schedule, places)

@@ -21,7 +21,7 @@ class TrainState:
     """What a step changes.
 
     Attributes:
-        step: optimizer updates done.
+        step: optimizer updates done, without those that were skipped.
         params: trainable weights of each trained network, float32.
         opt_state: optimizer state of `params`.
     """

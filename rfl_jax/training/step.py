@@ -1,6 +1,8 @@
 """The loss of Reward Feedback Learning and the step that minimises it."""
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -15,6 +17,7 @@ from rfl_jax.rewards.face import reward_loss
 from rfl_jax.sampling.phases import phase_scope
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
+from rfl_jax.training.finite import finite_parts
 from rfl_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
@@ -63,7 +66,8 @@ def make_step(
 ) -> Step:
     """`(state, frozen, batch, key) -> (state, metrics)`: one optimizer update.
 
-    The batch's arrays have a leading axis of micro-batches, whose gradients are averaged.
+    The batch's arrays have a leading axis of micro-batches, whose gradients are averaged. An update whose loss,
+    gradients or new weights are not all finite is skipped: the state stays as it was.
     """
     grad = jax.value_and_grad(make_loss(cfg, networks, sampler), has_aux=True)
 
@@ -76,12 +80,17 @@ def make_step(
         grads, metrics = jax.lax.scan(micro, zeros, batch)
         count = metrics["loss"].shape[0]
         grads = jax.tree.map(lambda g: g / count, grads)
-        opt_state = state.opt_state
+        before = state
         if cfg.optimizer_memory != "device":
-            opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
+            opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)
+            before = dataclasses.replace(state, opt_state=opt_state)
         with phase_scope("optimizer"):
-            updates, opt_state = tx.update(grads, opt_state, state.params)
+            updates, opt_state = tx.update(grads, before.opt_state, state.params)
             params = cast(States, optax.apply_updates(state.params, updates))
+            finite = finite_parts(grads, params, jnp.mean(metrics["loss"]))
+            # An update that is not finite leaves no trace, not in the moments nor in the schedule either.
+            kept = TrainState(state.step + 1, params, opt_state)
+            kept = jax.tree.map(partial(jnp.where, jnp.all(finite)), kept, before)
         means = {
             "loss": jnp.mean(metrics["loss"]),
             "face_score": jnp.sum(metrics["score_sum"]) / jnp.maximum(jnp.sum(metrics["score_count"]), 1),
@@ -89,9 +98,10 @@ def make_step(
             "grad_norm": optax.tree.norm(grads),
             "no_face_fraction": jnp.mean(metrics["no_face_fraction"]),
             "learning_rate": schedule(state.step),
+            "finite": finite,
             "video": metrics["video"][0],
         }
-        return TrainState(state.step + 1, params, opt_state), means
+        return kept, means
 
     return step
 
