@@ -11,7 +11,7 @@ class UserError(Exception):
     """A bad input. The message names the file, row or key and what was expected."""
 
 
-class Failure(Exception):
+class RunError(Exception):
     """What ended a command though its inputs were good. The message says what, and how to go on."""
 
 
@@ -29,13 +29,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def refuse_in_one_line(command: str) -> Iterator[None]:
-    """Turns `UserError` into one line on stderr and exit status 2, `Failure` into status 1, Ctrl-C into 130."""
+    """Turns `UserError` into one line on stderr and exit status 2, `RunError` into status 1, Ctrl-C into 130."""
     try:
         yield
     except UserError as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except Failure as error:
+    except RunError as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

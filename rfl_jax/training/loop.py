@@ -12,7 +12,7 @@ import numpy as np
 
 from rfl_jax.chips import peak_flops
 from rfl_jax.config import dumps
-from rfl_jax.errors import Failure
+from rfl_jax.errors import RunError
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
@@ -52,7 +52,7 @@ def train(run: Run, folder: RunFolder) -> Trained:
     """Runs to the last step, or to the interruption.
 
     Raises:
-        Failure: `max_bad_steps` steps in a row were not finite.
+        RunError: `max_bad_steps` steps in a row were not finite.
     """
     cfg, total = run.cfg, run.inputs.steps
     with contextlib.ExitStack() as opened:
@@ -82,7 +82,7 @@ def train(run: Run, folder: RunFolder) -> Trained:
             line, video, not_finite = take_step(run, progress)
             if progress.bad_steps >= cfg.max_bad_steps:
                 record.write(line)
-                raise Failure(_blown_up(run, progress, not_finite, checkpoints.latest()))
+                raise RunError(_blown_up(run, progress, not_finite, checkpoints.latest()))
             stop.agree()
             for hook in hooks:
                 line |= hook.after(progress, line, stopping=stop.agreed)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from rfl_jax.errors import Failure
+from rfl_jax.errors import RunError
 from rfl_jax.runs import RunFolder
 from rfl_jax.training.loop import train
 from tests.runs import open_run, read_metrics
@@ -44,7 +44,7 @@ def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(settin
         states.append(snapshot(state))
         return state, metrics
 
-    with pytest.raises(Failure) as failure:
+    with pytest.raises(RunError) as failure:
         train(dataclasses.replace(run, update=dataclasses.replace(run.update, step=step)), folder)
     text = str(failure.value)
     assert "step 6: dit2.blocks." in text
