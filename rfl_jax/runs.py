@@ -39,6 +39,11 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def lock(self) -> epath.Path:
+        """Which process trains here now."""
+        return self.path / "lock.json"
+
+    @property
     def metrics(self) -> epath.Path:
         """One JSON object a step."""
         return self.path / "metrics.jsonl"

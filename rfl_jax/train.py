@@ -5,10 +5,12 @@ import sys
 from absl import flags
 
 from rfl_jax import cli
+from rfl_jax.config import Config
 from rfl_jax.evaluation.evaluate import evaluate, show
 from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
 from rfl_jax.training.export import export_adapters
+from rfl_jax.training.lock import Lock
 from rfl_jax.training.loop import train
 from rfl_jax.training.record import check_wandb
 from rfl_jax.training.setup import set_up
@@ -20,8 +22,13 @@ def main() -> None:
     if cfg.eval_every and not cfg.validates:
         print("config.eval_every: no validation, as eval.file_name names no held-out clips", file=sys.stderr)
     folder = RunFolder(cli.open_workdir(_WORKDIR.value))
+    with Lock(folder) as lock:
+        _train(cfg, folder, lock)
+
+
+def _train(cfg: Config, folder: RunFolder, lock: Lock) -> None:
     run = set_up(cfg, folder)
-    trained = train(run, folder)
+    trained = train(run, folder, lock)
     if not trained.finished:
         print(f"stopped; the same command goes on from here ({folder})", file=sys.stderr)
         sys.exit(130)

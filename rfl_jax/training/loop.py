@@ -20,6 +20,7 @@ from rfl_jax.training.about import describe
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.finite import checked_names, first_not_finite
 from rfl_jax.training.flops import dit_flops
+from rfl_jax.training.lock import Lock
 from rfl_jax.training.profile import Profiler
 from rfl_jax.training.progress import Hook, Progress, resume
 from rfl_jax.training.record import open_record
@@ -48,11 +49,16 @@ class Trained:
     validation: Validation | None
 
 
-def train(run: Run, folder: RunFolder) -> Trained:
+def train(run: Run, folder: RunFolder, lock: Lock | None = None) -> Trained:
     """Runs to the last step, or to the interruption.
 
+    Args:
+        run: before its first step.
+        folder: of the run.
+        lock: of the folder, where others might train in it.
+
     Raises:
-        RunError: `max_bad_steps` steps in a row were not finite.
+        RunError: `max_bad_steps` steps in a row were not finite, or another run took the folder.
     """
     cfg, total = run.cfg, run.inputs.steps
     with contextlib.ExitStack() as opened:
@@ -84,6 +90,8 @@ def train(run: Run, folder: RunFolder) -> Trained:
                 record.write(line)
                 raise RunError(_blown_up(run, progress, not_finite, checkpoints.latest()))
             stop.agree()
+            if lock:
+                lock.check()
             for hook in hooks:
                 line |= hook.after(progress, line, stopping=stop.agreed)
             record.write(line)
