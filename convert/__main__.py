@@ -164,7 +164,7 @@ def _remove_unfinished(directory: str) -> None:
 
 if __name__ == "__main__":
     answer_libtpu()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
     try:
         with refuse_in_one_line("convert"):
             main()

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from convert import dit, lora, store
 from convert.mapping import Assignment, LazyArray, Rule, cast, unchanged
 from convert.readers import DTYPES, Index
-from rfl_jax.files import absolute, is_remote, write_whole
+from rfl_jax.files import absolute, aside, is_remote, naming, write_whole
 from rfl_jax.models.lora import is_adapters
 
 # Key table of the layers' names, and how adapters are called.
@@ -212,14 +212,15 @@ def _write_shard(
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    aside = file.with_name(f".{file.name}.tmp")
-    try:
-        with aside.open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            for entry in tensors:
-                entry.read().tofile(stream)
-                progress(entry.nbytes)
-        aside.replace(file)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    unfinished = Path(aside(file))
+    with naming(file):
+        try:
+            with unfinished.open("wb") as stream:
+                stream.write(struct.pack("<Q", len(text)) + text)
+                for entry in tensors:
+                    stream.write(np.ascontiguousarray(entry.read()).view(np.uint8).reshape(-1))
+                    progress(entry.nbytes)
+            unfinished.replace(file)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise

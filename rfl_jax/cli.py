@@ -14,7 +14,8 @@ from ml_collections import config_flags
 from rfl_jax import hosts
 from rfl_jax.chips import answer_libtpu
 from rfl_jax.config import Config, default_text, grouped, parse
-from rfl_jax.errors import UserError, first_line, refuse_in_one_line
+from rfl_jax.errors import MENDED, UserError, first_line, refuse_in_one_line, storage_fault
+from rfl_jax.files import aside
 
 HELP = {"-h", "--h", "-help", "--help"}
 WIDTH = 100
@@ -55,7 +56,7 @@ def open_workdir(path: str | None) -> epath.Path:
     workdir = epath.Path(path)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable-{os.getpid()}"
+        probe = aside(workdir / "writable")
         probe.write_text("")
         probe.unlink()
     except (OSError, RuntimeError, ValueError, ImportError) as error:
@@ -119,9 +120,14 @@ def run(main: Callable[[], None], command: str) -> None:
             hosts.join()
         try:
             return main()
-        except jax.errors.JaxRuntimeError as error:
+        except Exception as error:
             line = first_line(error)[:160]
-            if "RESOURCE_EXHAUSTED" in line:
+            if not isinstance(error, jax.errors.JaxRuntimeError):
+                fault = storage_fault(error)
+                if not (distributed and fault):
+                    raise
+                reason = f"{fault}; {MENDED}"
+            elif "RESOURCE_EXHAUSTED" in line:
                 reason = f"out of memory ({line}); python -m rfl_jax.plan says what takes it, and what would fit"
             # What a collective says when its other end is gone depends on the transport; these are no such thing.
             elif distributed and not line.startswith(("INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND")):
@@ -139,6 +145,6 @@ def run(main: Callable[[], None], command: str) -> None:
 
     answer_libtpu()
     # What Orbax warns of is for its developers; what a user must know is raised.
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
     with refuse_in_one_line(command):
         app.run(guarded, flags_parser=parse_flags)

@@ -2,6 +2,9 @@
 
 import argparse
 import contextlib
+import errno
+import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -20,6 +23,53 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+MENDED = "what was written before is whole, and the same command goes on once that is mended"
+# What a disk, a quota, a permission or the way to a bucket refuses.
+STORAGE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(errno.ENOTCONN, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET),
+)
+# Libraries of which every failure is one of the way to a bucket, and how tensorstore calls theirs.
+NETWORK = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
+STATUS = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|RESOURCE_EXHAUSTED): ")
+OS_CODE = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)|\[Errno (\d+)\]")
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that it came from."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether it may be over in a moment: the way to a bucket failed, or the bucket is overrun."""
+    code = getattr(error, "code", None) or getattr(error, "status", None)
+    if isinstance(code, int):
+        return code in (408, 429) or code >= 500
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] in NETWORK
+
+
+def storage_fault(error: BaseException) -> str:
+    """What a disk or a bucket refused, with the file it happened to; empty if the error is of another kind."""
+    for one in causes(error):
+        text = str(one)
+        if isinstance(one, OSError) and one.errno in STORAGE:
+            return f"{one.filename}: {one.strerror}" if one.filename else str(one.strerror)
+        # Tensorstore's errors are texts.
+        file = re.search(r"[\"']((?:/|gs://|https?://)[^\"']+)[\"']", text)
+        code = OS_CODE.search(text)
+        if code and int(next(filter(None, code.groups()))) in STORAGE:
+            reason = os.strerror(int(next(filter(None, code.groups()))))
+            return f"{file[1]}: {reason}" if file else reason
+        if type(one).__module__.split(".")[0] in NETWORK or (STATUS.match(text) and "://" in text):
+            return f"the bucket cannot be reached ({first_line(one)[:200]})"
+    return ""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Refuses arguments by `UserError`."""
 
@@ -29,7 +79,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def refuse_in_one_line(command: str) -> Iterator[None]:
-    """Turns `UserError` into one line on stderr and exit status 2, `RunError` into status 1, Ctrl-C into 130."""
+    """Turns `UserError` into one line on stderr and exit status 2, `RunError` and what a disk or a bucket refuses into
+    status 1, Ctrl-C into 130.
+    """
     try:
         yield
     except UserError as error:
@@ -41,3 +93,8 @@ def refuse_in_one_line(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not (fault := storage_fault(error)):
+            raise
+        print(f"{command}: {' '.join(fault.split())}; {MENDED}", file=sys.stderr)
+        sys.exit(1)

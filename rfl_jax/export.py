@@ -88,8 +88,10 @@ def read_run(folder: RunFolder, step: str = "", network: str = "") -> Trained:
 
 def _score(folder: RunFolder, step: int) -> float | None:
     """The reward of a step."""
-    lines = folder.metrics.read_text().splitlines() if folder.metrics.exists() else []
-    return next((line["face_score"] for line in map(json.loads, lines) if line["step"] == step), None)
+    lines = folder.metrics.read_text().splitlines(keepends=True) if folder.metrics.exists() else []
+    # The last line may be on its way while training runs.
+    whole = (json.loads(line) for line in lines if line.endswith("\n"))
+    return next((line["face_score"] for line in whole if line["step"] == step), None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,6 +152,6 @@ def _write_merged(trained: Trained, file: Path, naming: str, dtype: str | None) 
 
 if __name__ == "__main__":
     answer_libtpu()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
     with refuse_in_one_line("export"):
         main()

@@ -2,13 +2,22 @@
 
 import contextlib
 import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
 
+from rfl_jax.errors import is_passing
+
 # Endings of the files that PyTorch pickles.
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+
+# Between attempts to write into a bucket.
+PAUSES_S = (1, 2, 4, 8, 15, 30, 60)
 
 
 def user_cache() -> Path:
@@ -46,20 +55,53 @@ def array_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False)
 
 
+def aside(path: Path | epath.Path) -> Path | epath.Path:
+    """Where a file is written before it is whole: hidden, of no known ending, and of no other process."""
+    return path.with_name(f".{path.name[:60]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def write_whole(path: Path | epath.Path, content: bytes | str) -> None:
     """Replaces a file by new content. Locally it is written aside and renamed; an object of a bucket appears when its
-    upload is complete.
+    upload is complete, which is tried again for two minutes if the bucket cannot be reached.
+
+    Raises:
+        OSError: it cannot be written; names `path`.
     """
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
     if is_remote(path):
-        path.write_bytes(data)
+        _patiently(lambda: path.write_bytes(data))
         return
-    aside = path.with_name(f".{path.name}.tmp")
+    unfinished = aside(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            unfinished.write_bytes(data)
+            unfinished.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def naming(path: Path | epath.Path) -> Iterator[None]:
+    """Has an OSError name a file: that of a full disk names none, and one written aside would be named by that name."""
     try:
-        aside.write_bytes(data)
-        aside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
         raise
+
+
+def _patiently(call: Callable[[], Any]) -> None:
+    """Calls until the network has its way; the last failure is raised."""
+    for pause in PAUSES_S:
+        try:
+            call()
+        except Exception as error:
+            if not is_passing(error):
+                raise
+            time.sleep(pause)
+        else:
+            return
+    call()

@@ -7,10 +7,11 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from rfl_jax.config import Config, dumps
 from rfl_jax.data.videos import encode_video, write_video
 from rfl_jax.errors import UserError
-from rfl_jax.files import is_remote, write_whole
+from rfl_jax.files import is_remote, naming, write_whole
 from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
 
@@ -47,6 +49,45 @@ def gif(frames: UInt8[np.ndarray, "t h w 3"]) -> bytes:
     first, *rest = (Image.fromarray(frame) for frame in frames)
     first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=1000 // FPS, loop=0)
     return buffer.getvalue()
+
+
+class Board:
+    """TensorBoard's events, written by the caller's own thread: a full disk is told where it is met.
+
+    Args:
+        folder: local.
+        first: step from which on an interrupted run's events are forgotten.
+    """
+
+    def __init__(self, folder: Path, *, first: int) -> None:
+        self._folder = folder
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"))
+            self._write(Event(file_version="brain.Event:2"))
+            self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = time.monotonic()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._file.write(event.SerializeToString())
+
+    def add(self, step: int, values: Iterable[Any]) -> None:
+        """Adds `Summary.Value`s of a step; they are on the disk within `COPY_EVERY_S`."""
+        with naming(self._folder):
+            self._write(Event(step=step, summary=Summary(value=list(values))))
+        if time.monotonic() - self._flushed > COPY_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings all events to the disk."""
+        with naming(self._folder):
+            self._file.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with naming(self._folder):
+            self._file.close()
 
 
 class Silent:
@@ -94,13 +135,16 @@ class Record(Silent):
         self._file = folder.metrics
         self._lines = []
         if self._file.exists():
-            self._lines = [line for line in self._file.read_text().splitlines() if json.loads(line)["step"] <= start]
+            # What a full disk cut off is not ended by a line break.
+            whole = self._file.read_text().splitlines(keepends=True)
+            whole = [line.rstrip() for line in whole if line.endswith("\n")]
+            self._lines = [line for line in whole if json.loads(line)["step"] <= start]
             self._rewrite()
         # Events are written locally and copied into a bucket from time to time: they grow, objects do not.
         self._remote = folder.tensorboard if is_remote(folder.path) else None
         self._local = Path(tempfile.mkdtemp()) if self._remote else Path(folder.tensorboard)
         self._copied = time.monotonic()
-        self._board = SummaryWriter(str(self._local), purge_step=start + 1)
+        self._board = Board(self._local, first=start + 1)
         self._wandb = _open_wandb(cfg, folder.path) if cfg.wandb_project else None
         self._total = total
         self._every = cfg.logging_steps
@@ -119,14 +163,13 @@ class Record(Silent):
             self._lines.append(text)
             self._rewrite()
         else:
-            with self._file.open("a") as stream:
+            with naming(self._file), self._file.open("a") as stream:
                 stream.write(text + "\n")
         step = line["step"]
         if step % self._every == 0 or step == self._total or "eval_face_sim" in line:
             numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
             scalars = {k: v for k, v in numbers.items() if math.isfinite(v)}
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+            self._board.add(step, (Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()))
             if self._wandb:
                 self._wandb.log(scalars, step=step)
         if self._remote and time.monotonic() - self._copied > COPY_EVERY_S:
@@ -147,9 +190,7 @@ class Record(Silent):
         write_video(self._folder.sample(step), frames)
         height, width = frames.shape[1:3]
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(frames))
-        summary = Summary(value=[Summary.Value(tag="sample", image=picture)])
-        assert self._board.file_writer is not None
-        self._board.file_writer.add_summary(summary, step)
+        self._board.add(step, [Summary.Value(tag="sample", image=picture)])
         if self._wandb:
             import wandb
 

@@ -1,18 +1,37 @@
 """What must not spoil a run: numbers that are none, a second run in the folder, a full disk, a changed configuration."""
 
+import contextlib
 import dataclasses
+import errno
+import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
-from rfl_jax.errors import RunError
+from rfl_jax.errors import RunError, UserError, refuse_in_one_line, storage_fault
+from rfl_jax.files import aside, write_whole
 from rfl_jax.runs import RunFolder
+from rfl_jax.training.checkpoint import Checkpoints
+from rfl_jax.training.lock import Lock
 from rfl_jax.training.loop import train
+from rfl_jax.training.record import Board
+from rfl_jax.training.state import TrainState
+from tests.conftest import COMPILER
 from tests.runs import open_run, read_metrics
+
+ROOT = Path(__file__).parents[2]
 
 
 def snapshot(tree):
@@ -67,3 +86,213 @@ def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(settin
     trained = train(open_run(cfg, tmp_path / "run"), folder)
     assert trained.finished
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_one_run_holds_a_folder_and_the_dead_do_not(tmp_path):
+    folder = RunFolder(epath.Path(tmp_path))
+    with Lock(folder):
+        with pytest.raises(UserError, match=rf"process {os.getpid()} on .* trains here since"):
+            Lock(folder).__enter__()
+        held = json.loads(folder.lock.read_text())
+        assert held["pid"] == os.getpid()
+    assert not folder.lock.exists()
+    # A process that is gone, and one that has its number now, hold nothing.
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for holder in (held | {"pid": gone.pid}, held | {"born": "0"}):
+        folder.lock.write_text(json.dumps(holder))
+        with Lock(folder):
+            pass
+    folder.lock.write_text("{")
+    with Lock(folder):
+        pass
+
+
+def test_a_holder_elsewhere_is_gone_when_it_says_nothing(tmp_path, capsys):
+    folder = RunFolder(epath.Path(tmp_path))
+    with Lock(folder):
+        held = json.loads(folder.lock.read_text()) | {"host": "another", "place": "another"}
+    folder.lock.write_text(json.dumps(held))
+    lock = Lock(folder, beat_s=0.05, silence_s=0.2)
+    with lock:
+        assert "waiting whether process" in capsys.readouterr().out
+        lock.check()
+        # One that slept so long that it was taken for gone writes nothing more.
+        with pytest.raises(RunError, match=r"process .* on another took it"):
+            _overwritten(lock, folder, held)
+    assert json.loads(folder.lock.read_text()) == held
+
+    beats = threading.Thread(target=_beat, args=(folder, held, over := threading.Event()))
+    beats.start()
+    try:
+        with pytest.raises(UserError, match="on another trains here"):
+            Lock(folder, beat_s=0.05, silence_s=30.0).__enter__()
+    finally:
+        over.set()
+        beats.join()
+
+
+def _overwritten(lock, folder, held):
+    for _ in range(1000):
+        write_whole(folder.lock, json.dumps(held))
+        lock.check()
+        time.sleep(0.01)
+
+
+def _beat(folder, held, over):
+    for beat in itertools.count(100):
+        if over.wait(0.02):
+            return
+        write_whole(folder.lock, json.dumps(held | {"beat": beat}))
+
+
+def test_writers_of_one_file_leave_one_of_their_contents_whole(tmp_path):
+    file = tmp_path / "file.npz"
+    script = (
+        "import sys, pathlib; from rfl_jax.files import write_whole\n"
+        "for i in range(200): write_whole(pathlib.Path(sys.argv[1]), sys.argv[2] * 100_000)"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", script, str(file), letter], cwd=ROOT) for letter in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert file.read_text() in ("a" * 100_000, "b" * 100_000)
+    assert list(tmp_path.iterdir()) == [file]
+    # What a killed process leaves is hidden and has no known ending.
+    assert not list(tmp_path.glob(f"*{file.suffix}.tmp"))
+    assert aside(file).name.startswith(".")
+    assert aside(file) != aside(file)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_what_was_written_stays_whole(small_disk):
+    folder = RunFolder(epath.Path(small_disk))
+    key = jax.random.key(0)
+
+    def state(step):
+        weights = nnx.State({"a": jax.random.normal(jax.random.key(step), (256, 256))})
+        return TrainState(jnp.int32(step), {"dit2": weights}, {})
+
+    def save_all():
+        with Checkpoints(folder.checkpoints) as checkpoints:
+            for step in range(1, 9):
+                checkpoints.save(step, state(step), key, {"next": step})
+
+    with pytest.raises(Exception, match="space") as failure:
+        save_all()
+    assert storage_fault(failure.value).endswith(os.strerror(errno.ENOSPC))
+    assert str(folder.checkpoints) in storage_fault(failure.value)
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        latest = checkpoints.latest()
+        restored, *_ = checkpoints.restore(latest, state(0))
+    assert int(restored.step) == latest
+    # With room again the same goes on.
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    save_all()
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        assert checkpoints.latest() == 8
+
+    subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
+    with contextlib.suppress(OSError), (small_disk / "fill").open("wb") as stream:
+        while True:
+            stream.write(bytes(4096))
+    file = small_disk / "metrics.jsonl"
+    with pytest.raises(OSError, match="No space left") as full:
+        write_whole(file, "x" * 100_000)
+    assert storage_fault(full.value) == f"{file}: No space left on device"
+    assert sorted(p.name for p in small_disk.iterdir()) == ["checkpoints", "fill"]
+    # TensorBoard's events are written here and now, and not by a thread that dies of it.
+    (small_disk / "tensorboard").mkdir()
+    board = Board(small_disk / "tensorboard", first=1)
+    with pytest.raises(OSError, match="No space left"):
+        _fill(board)
+    with contextlib.suppress(OSError):
+        board.close()
+
+
+def _fill(board):
+    while True:
+        board.add(1, [])
+
+
+def test_storage_errors_are_told_from_others(capsys):
+    faults = {
+        OSError(errno.EDQUOT, "Disk quota exceeded", "/data/a"): "/data/a: Disk quota exceeded",
+        PermissionError(errno.EACCES, "Permission denied", "/data/a"): "/data/a: Permission denied",
+        ValueError('UNAVAILABLE: Error writing "gs://bucket/a"'): "the bucket cannot be reached",
+        ValueError('PERMISSION_DENIED: Error opening "/data/x" [OS error 13: EACCES]'): "/data/x: Permission denied",
+    }
+    for error, text in faults.items():
+        assert storage_fault(error).startswith(text)
+        with pytest.raises(SystemExit) as stop, refuse_in_one_line("train"):
+            raise RuntimeError("wrapped") from error
+        assert stop.value.code == 1
+        out = capsys.readouterr().err
+        assert text in out
+        assert out.count("\n") == 1
+    for error in (ValueError("bad"), FileNotFoundError(errno.ENOENT, "No such file", "a"), KeyError("a")):
+        assert not storage_fault(error)
+        with pytest.raises(type(error)), refuse_in_one_line("train"):
+            raise error
+
+
+def test_a_bucket_that_is_away_is_tried_again(monkeypatch):
+    waited, calls = [], []
+    monkeypatch.setattr(time, "sleep", waited.append)
+
+    class Bucket(type(epath.Path("gs://bucket/x"))):
+        def write_bytes(self, data):
+            calls.append(data)
+            if len(calls) < 4:
+                raise ConnectionResetError("away")
+
+    write_whole(Bucket("gs://bucket/x"), "text")
+    assert (len(calls), len(waited)) == (4, 3)
+
+    class Closed(type(epath.Path("gs://bucket/x"))):
+        def write_bytes(self, data):
+            raise PermissionError("closed")
+
+    with pytest.raises(PermissionError):
+        write_whole(Closed("gs://bucket/x"), "text")
+
+
+def test_a_preempted_host_saves_ends_and_goes_on(tmp_path, clip_folder):
+    """By the real command; beside it no other trains in the folder."""
+    environment = os.environ | {"XLA_FLAGS": COMPILER}
+    options = [
+        "--config=configs/mini.py", f"--config.file_name={clip_folder / 'metadata.csv'}", f"--workdir={tmp_path}",
+        "--config.train_batch_size=1", "--config.per_device_train_batch_size=1", "--config.eval_every=0",
+        "--config.eval.file_name=", "--config.sample_every=0", "--config.save_steps=1000", "--config.noise.prefix_cache=off",
+    ]  # fmt: skip
+
+    def start(*more):
+        command = [sys.executable, "-m", "rfl_jax.train", *options, *more]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    first = start("--config.max_steps=1000")
+    while not (tmp_path / "metrics.jsonl").exists():
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.2)
+    second = start("--config.max_steps=1000")
+    refused = second.communicate()[1]
+    assert second.returncode == 2
+    assert f"process {first.pid} on" in refused.splitlines()[-1]
+    first.send_signal(signal.SIGTERM)
+    assert "the same command goes on from here" in first.communicate()[1]
+    assert first.returncode == 130
+    (step,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert not RunFolder(epath.Path(tmp_path)).lock.exists()
+    again = start(f"--config.max_steps={step + 1}")
+    error = again.communicate()[1]
+    assert again.returncode == 0, error
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, step + 2))
