@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from rfl_jax import hosts
 from rfl_jax.config import Config
 from rfl_jax.data.dataset import make_iterator
-from rfl_jax.evaluation.held_out import HeldOut
 from rfl_jax.errors import UserError
+from rfl_jax.evaluation.held_out import HeldOut
 from rfl_jax.networks.faces import open_reward
 from rfl_jax.networks.parts import Frozen, Networks, States, frozen_places, split_networks
 from rfl_jax.networks.table import open_network
