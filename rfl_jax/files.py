@@ -57,7 +57,7 @@ def array_handler() -> ocp.PyTreeCheckpointHandler:
 
 def aside(path: Path | epath.Path) -> Path | epath.Path:
     """Where a file is written before it is whole: hidden, of no known ending, and of no other process."""
-    return path.with_name(f".{path.name[:60]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def write_whole(path: Path | epath.Path, content: bytes | str) -> None:

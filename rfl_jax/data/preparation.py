@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from etils import epath
@@ -64,7 +63,7 @@ def prepare_clips(
             errors[clip.number] = str(error)
             if strict:
                 break
-    for of_process in _exchange(cache, {"found": found, "errors": errors}):
+    for of_process in hosts.exchange({"found": found, "errors": errors}):
         found |= {int(number): name for number, name in of_process["found"].items()}
         errors |= {int(number): text for number, text in of_process["errors"].items()}
     bad = sorted(errors)
@@ -90,19 +89,6 @@ def _prepare(encoder: ClipEncoder, clip: Clip, cache: epath.Path, settings: str)
             raise UserError(f"{clip.video}: no face in the first frame")
         write_arrays(file, arrays)
     return file.name
-
-
-def _exchange(cache: epath.Path, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """What every process found, by way of the folder that they share."""
-    if jax.process_count() == 1:
-        return [mine]
-    files = [cache / f".process-{i}.json" for i in range(jax.process_count())]
-    files[jax.process_index()].write_text(json.dumps(mine))
-    hosts.wait("rows are prepared")
-    content = [json.loads(file.read_text()) for file in files]
-    hosts.wait("rows are read")
-    files[jax.process_index()].unlink()
-    return content
 
 
 def _settings(encoder: ClipEncoder) -> str:
