@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from rfl_jax import hosts
 from rfl_jax.chips import answer_libtpu
 from rfl_jax.config import Config, default_text, grouped, parse
-from rfl_jax.errors import MENDED, UserError, first_line, refuse_in_one_line, storage_fault
+from rfl_jax.errors import UserError, failure, first_line, refuse_in_one_line
 from rfl_jax.files import aside
 
 HELP = {"-h", "--h", "-help", "--help"}
@@ -119,15 +119,10 @@ def run(main: Callable[[], None], command: str) -> None:
         if distributed:
             hosts.join()
         try:
-            return main()
-        except Exception as error:
+            main()
+        except jax.errors.JaxRuntimeError as error:
             line = first_line(error)[:160]
-            if not isinstance(error, jax.errors.JaxRuntimeError):
-                fault = storage_fault(error)
-                if not (distributed and fault):
-                    raise
-                reason = f"{fault}; {MENDED}"
-            elif "RESOURCE_EXHAUSTED" in line:
+            if "RESOURCE_EXHAUSTED" in line:
                 reason = f"out of memory ({line}); python -m rfl_jax.plan says what takes it, and what would fit"
             # What a collective says when its other end is gone depends on the transport; these are no such thing.
             elif distributed and not line.startswith(("INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND")):
@@ -137,11 +132,18 @@ def run(main: Callable[[], None], command: str) -> None:
                 )
             else:
                 raise
-            print(f"{command}: {reason}", file=sys.stderr, flush=True)
-            if not distributed:
-                sys.exit(1)
-            # Without the others an orderly end would wait for them.
-            os._exit(1)
+        except Exception as error:
+            reason = failure(error)
+            # It may be this host's alone.
+            if not (distributed and reason):
+                raise
+        else:
+            return
+        print(f"{command}: {reason}", file=sys.stderr, flush=True)
+        if not distributed:
+            sys.exit(1)
+        # Without the others an orderly end would wait for them.
+        os._exit(1)
 
     answer_libtpu()
     # What Orbax warns of is for its developers; what a user must know is raised.

@@ -230,7 +230,7 @@ class Config(Original):
     max_bad_steps: Annotated[
         int,
         AtLeast(1),
-        "Steps in a row with an update that was skipped, as loss, gradient or new weights were not finite, that end the run.",
+        "Steps in a row that end the run when loss, gradients or weights are not finite; such updates are skipped.",
     ] = 5
     sample_every: Annotated[
         int, AtLeast(0), "Steps between videos in samples/; the first and the last step have one too; 0: none."

@@ -29,8 +29,8 @@ STORAGE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
     *(errno.ENOTCONN, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET),
 )
-# Libraries of which every failure is one of the way to a bucket, and how tensorstore calls theirs.
-NETWORK = ("aiohttp", "gcsfs", "google", "requests", "urllib3")
+# Libraries of which every failure is one of the way to a bucket, and what tensorstore calls such failures.
+NETWORK = ("aiohttp", "gcsfs", "google.api_core", "google.auth", "google.cloud", "requests", "urllib3")
 STATUS = re.compile(r"(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|RESOURCE_EXHAUSTED): ")
 OS_CODE = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)|\[Errno (\d+)\]")
 
@@ -42,7 +42,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = current.__cause__ or current.__context__
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
 
 
 def is_passing(error: BaseException) -> bool:
@@ -50,7 +50,7 @@ def is_passing(error: BaseException) -> bool:
     code = getattr(error, "code", None) or getattr(error, "status", None)
     if isinstance(code, int):
         return code in (408, 429) or code >= 500
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] in NETWORK
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(NETWORK)
 
 
 def storage_fault(error: BaseException) -> str:
@@ -59,15 +59,23 @@ def storage_fault(error: BaseException) -> str:
         text = str(one)
         if isinstance(one, OSError) and one.errno in STORAGE:
             return f"{one.filename}: {one.strerror}" if one.filename else str(one.strerror)
+        if isinstance(one, OSError) and text.startswith("Forbidden"):  # what gcsfs makes of a bucket's 403
+            return first_line(one)[:200]
         # Tensorstore's errors are texts.
         file = re.search(r"[\"']((?:/|gs://|https?://)[^\"']+)[\"']", text)
         code = OS_CODE.search(text)
-        if code and int(next(filter(None, code.groups()))) in STORAGE:
-            reason = os.strerror(int(next(filter(None, code.groups()))))
-            return f"{file[1]}: {reason}" if file else reason
-        if type(one).__module__.split(".")[0] in NETWORK or (STATUS.match(text) and "://" in text):
-            return f"the bucket cannot be reached ({first_line(one)[:200]})"
+        if code and (number := int(code[code.lastindex or 0])) in STORAGE:
+            return f"{file[1]}: {os.strerror(number)}" if file else os.strerror(number)
+        if type(one).__module__.startswith(NETWORK) or (STATUS.match(text) and "://" in text):
+            return f"the network failed ({first_line(one)[:200]})"
     return ""
+
+
+def failure(error: BaseException) -> str:
+    """What ended a command whose inputs were good, in one line; empty if it is a mistake of the program."""
+    fault = storage_fault(error)
+    line = f"{fault}; {MENDED}" if fault else str(error) if isinstance(error, RunError) else ""
+    return " ".join(line.split())
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -87,14 +95,11 @@ def refuse_in_one_line(command: str) -> Iterator[None]:
     except UserError as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except RunError as error:
-        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not (fault := storage_fault(error)):
+        if not (line := failure(error)):
             raise
-        print(f"{command}: {' '.join(fault.split())}; {MENDED}", file=sys.stderr)
+        print(f"{command}: {line}", file=sys.stderr)
         sys.exit(1)

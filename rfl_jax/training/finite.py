@@ -18,16 +18,19 @@ def dotted_names(tree: Any) -> list[str]:
 
 
 def checked_names(params: States) -> list[str]:
-    """What `finite_parts` tells of, in its order."""
+    """What `finite_gradients` and `finite_weights` tell of, in their order."""
     return [*dotted_names(params), "loss"]
 
 
-def finite_parts(grads: States, params: States, loss: Array) -> Bool[Array, " parts"]:
-    """For each trained tensor whether its gradient and its new values are finite, and whether the loss is."""
+def finite_gradients(grads: States, loss: Array) -> Bool[Array, " parts"]:
+    """For each trained tensor whether its gradient is finite, and whether the loss is."""
     # The compiler computes each norm once: clipping needs them as well.
-    pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True)
-    tensors = [jnp.isfinite(optax.tree.norm(g)) & jnp.all(jnp.isfinite(p)) for g, p in pairs]
-    return jnp.stack([*tensors, jnp.isfinite(loss)])
+    return jnp.stack([*(jnp.isfinite(optax.tree.norm(g)) for g in jax.tree.leaves(grads)), jnp.isfinite(loss)])
+
+
+def finite_weights(params: States) -> Bool[Array, " parts"]:
+    """For each trained tensor whether it is finite; in the loss's place there is nothing to object to."""
+    return jnp.stack([*(jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)), jnp.array(True)])
 
 
 @jax.jit

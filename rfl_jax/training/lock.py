@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ class Lock:
             return
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # a bucket that is away: a lock that is left is found to be dead
             if self._holder().get("token") == self._me["token"]:
                 self._file.unlink()
 
@@ -114,7 +115,9 @@ class Lock:
         """
         # A process that slept looks before it writes anything.
         if self._thread.is_alive() and time.monotonic() - self._heard > self._silence_s / 2:
-            self._beat()
+            # A bucket that is away can neither be taken nor be written to.
+            with contextlib.suppress(Exception):
+                self._beat()
         if self._taken:
             raise RunError(f"{self._folder}: {self._taken} took it while this run was silent; nothing more is written")
 
@@ -126,7 +129,7 @@ class Lock:
         with self._alone():
             now = self._holder()
             # Somebody else was waiting as well.
-            if now.get("token") != holder.get("token"):
+            if now and now.get("token") != holder.get("token"):
                 return self._refusal(now)
             self._write()
         if is_remote(self._file):
@@ -148,7 +151,7 @@ class Lock:
         """Watches a holder whose process cannot be asked. Returns whether it says nothing for `silence_s`."""
         if holder["host"] == self._me["host"] and holder["place"] == self._me["place"]:
             return False
-        print(f"waiting whether {self._name(holder)}, which trains in {self._folder}, is still there", flush=True)
+        print(f"waiting whether {self._name(holder)}, which trains in {self._folder}, is still there", file=sys.stderr)
         begin = time.monotonic()
         while time.monotonic() - begin < self._silence_s:
             time.sleep(self._beat_s / 2)

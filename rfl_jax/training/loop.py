@@ -97,11 +97,14 @@ def train(run: Run, folder: RunFolder, lock: Lock | None = None) -> Trained:
             record.write(line)
             if cfg.sample_every and (progress.step % cfg.sample_every == 0 or progress.step in (1, total)):
                 record.video(progress.step, np.asarray(video))
+            # Such weights are not saved; nor are they what a run ends with.
+            if ended() and (broken := first_not_finite(progress.state.params)):
+                raise RunError(_blown_up(run, progress, broken, checkpoints.latest()))
             # Until a finite step the last checkpoint is one to go on from.
             if (progress.step % cfg.save_steps == 0 and not progress.bad_steps) or ended():
                 progress.save(checkpoints)
                 record.saved(progress.step)
-    finished = progress.step == total or (validation is not None and validation.exhausted)
+    finished = progress.step >= total or (validation is not None and validation.exhausted)
     return Trained(progress.state, progress.step, finished, validation)
 
 
@@ -109,10 +112,10 @@ def _blown_up(run: Run, progress: Progress, not_finite: str, latest: int | None)
     """What is said when too many steps in a row were not finite."""
     broken = first_not_finite(run.frozen.rest)
     cause = f" (the weights {broken} hold NaN or infinity)" if broken else ""
-    checkpoint = "there is no checkpoint" if latest is None else f"the last good checkpoint is that of step {latest}"
+    way = "begins anew" if latest is None else f"goes on from the last good checkpoint, that of step {latest}"
     return (
-        f"step {progress.step}: {not_finite} is not finite{cause}; {progress.bad_steps} steps in a row had updates that "
-        f"were skipped (config.max_bad_steps={run.cfg.max_bad_steps}); {checkpoint}, and the same command goes on from there"
+        f"step {progress.step}: {not_finite} is not finite{cause}, the last of {progress.bad_steps} such steps in a row "
+        f"(config.max_bad_steps={run.cfg.max_bad_steps}); the same command {way}"
     )
 
 

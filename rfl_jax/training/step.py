@@ -17,7 +17,7 @@ from rfl_jax.rewards.face import reward_loss
 from rfl_jax.sampling.phases import phase_scope
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
-from rfl_jax.training.finite import finite_parts
+from rfl_jax.training.finite import finite_gradients, finite_weights
 from rfl_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
@@ -66,8 +66,8 @@ def make_step(
 ) -> Step:
     """`(state, frozen, batch, key) -> (state, metrics)`: one optimizer update.
 
-    The batch's arrays have a leading axis of micro-batches, whose gradients are averaged. An update whose loss,
-    gradients or new weights are not all finite is skipped: the state stays as it was.
+    The batch's arrays have a leading axis of micro-batches, whose gradients are averaged. An update whose loss
+    or gradients are not all finite is skipped: the state stays as it was. The metric "finite" tells of `checked_names`.
     """
     grad = jax.value_and_grad(make_loss(cfg, networks, sampler), has_aux=True)
 
@@ -87,8 +87,9 @@ def make_step(
         with phase_scope("optimizer"):
             updates, opt_state = tx.update(grads, before.opt_state, state.params)
             params = cast(States, optax.apply_updates(state.params, updates))
-            finite = finite_parts(grads, params, jnp.mean(metrics["loss"]))
-            # An update that is not finite leaves no trace, not in the moments nor in the schedule either.
+            # An update that is not finite leaves no trace, not in the moments nor in the schedule either. Its new values
+            # have no say in that: all of them would have to be there before the first could take the old one's place.
+            finite = finite_gradients(grads, jnp.mean(metrics["loss"]))
             kept = TrainState(state.step + 1, params, opt_state)
             kept = jax.tree.map(partial(jnp.where, jnp.all(finite)), kept, before)
         means = {
@@ -98,7 +99,7 @@ def make_step(
             "grad_norm": optax.tree.norm(grads),
             "no_face_fraction": jnp.mean(metrics["no_face_fraction"]),
             "learning_rate": schedule(state.step),
-            "finite": finite,
+            "finite": finite & finite_weights(kept.params),
             "video": metrics["video"][0],
         }
         return kept, means
