@@ -124,6 +124,17 @@ class RunFolder:
             raise UserError(f"{self.config}: expected JSON ({error})") from None
 
 
+def _steps(checkpoints: epath.Path) -> list[int]:
+    """The steps of the checkpoints in a folder."""
+    folder = absolute(checkpoints)
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def holds_checkpoint(checkpoints: epath.Path) -> bool:
+    """Whether a folder of checkpoints has any."""
+    return bool(_steps(checkpoints))
+
+
 def find_checkpoint(folder: RunFolder, step: str = "") -> epath.Path:
     """The folder of a run's checkpoint.
 
@@ -137,7 +148,7 @@ def find_checkpoint(folder: RunFolder, step: str = "") -> epath.Path:
     if not folder.exists():
         raise UserError(f"{folder}: expected the folder of a run, with its {folder.config.name}")
     parent = absolute(folder.best if step == BEST else folder.checkpoints)
-    steps = sorted(int(p.name) for p in parent.iterdir() if p.name.isdigit()) if parent.is_dir() else []
+    steps = _steps(parent)
     if not steps:
         why = ": config.eval_every keeps one" if step == BEST else ""
         raise UserError(f"{folder}/{parent.name}: holds no checkpoint{why}")

@@ -9,6 +9,7 @@ from rfl_jax.config import Config
 from rfl_jax.evaluation.evaluate import evaluate, show
 from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
+from rfl_jax.training.changes import check_settings
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.lock import Lock
 from rfl_jax.training.loop import train
@@ -27,6 +28,9 @@ def main() -> None:
 
 
 def _train(cfg: Config, folder: RunFolder, lock: Lock) -> None:
+    changed = check_settings(cfg, folder)
+    if changed and is_writer():
+        print(changed, file=sys.stderr)
     run = set_up(cfg, folder)
     trained = train(run, folder, lock)
     if not trained.finished:

@@ -43,18 +43,18 @@ class Checkpoints:
         for later in [s for s in self._manager.all_steps() if s > step]:
             self._manager.delete(later)
 
-    def save(self, step: int, state: TrainState, key: jax.Array, data: dict[str, Any]) -> None:
-        """Starts writing, unless that step is there."""
+    def save(self, step: int, state: TrainState, key: jax.Array, place: dict[str, Any]) -> None:
+        """Starts writing, unless that step is there. `place` is where the data is, as JSON."""
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            run=ocp.args.JsonSave({"key": jax.random.key_data(key).tolist(), "data": data}),
+            run=ocp.args.JsonSave({"key": jax.random.key_data(key).tolist(), **place}),
         )
         self._manager.save(step, args=items)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, np.ndarray, dict[str, Any]]:
-        """State with the shapes and shardings of `like`, the random key's data, and the data iterator's state.
+        """State with the shapes and shardings of `like`, the random key's data, and the place that it was saved with.
 
         Raises:
             UserError: the checkpoint does not fit the configuration.
@@ -76,7 +76,7 @@ class Checkpoints:
             values = self._manager.restore(step, args=items)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(f"{self._directory}/{step}: cannot be read ({first_line(error)[:200]})") from None
-        return values["state"], np.array(values["run"]["key"], np.uint32), values["run"]["data"]
+        return values["state"], np.array(values["run"]["key"], np.uint32), values["run"]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """How far a run is: where it goes on after an interruption, and what its hooks are handed after every step."""
 
 import dataclasses
+import sys
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -8,11 +9,31 @@ import jax
 from etils import epath
 
 from rfl_jax.errors import UserError
-from rfl_jax.hosts import random_key
+from rfl_jax.hosts import is_writer, random_key
 from rfl_jax.runs import RunFolder
+from rfl_jax.training.changes import compare_rows
 from rfl_jax.training.checkpoint import Checkpoints, iterator_state
+from rfl_jax.training.finite import first_not_finite
 from rfl_jax.training.setup import Run
 from rfl_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What the place of the data iterator counts in.
+
+    Attributes:
+        clips: names in the cache, in the order of their rows.
+        samples: videos of an update.
+    """
+
+    clips: list[str]
+    samples: int
+
+    @classmethod
+    def of(cls, run: Run) -> "Order":
+        """The order of a run's data."""
+        return cls([clip.file.name for clip in run.inputs.clips.training], run.inputs.batches.samples)
 
 
 @dataclasses.dataclass
@@ -24,6 +45,7 @@ class Progress:
         state: weights and optimizer.
         key: of all randomness.
         data: iterator over batches.
+        order: of the data.
         bad_steps: the last steps in a row of which an update was skipped.
     """
 
@@ -31,11 +53,15 @@ class Progress:
     state: TrainState
     key: jax.Array
     data: grain.DatasetIterator
+    order: Order
     bad_steps: int = 0
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Starts writing a checkpoint, unless it is there."""
-        checkpoints.save(self.step, self.state, self.key, iterator_state(self.data))
+        """Starts writing a checkpoint, unless it is there, or its weights are not finite."""
+        if first_not_finite(self.state.params):
+            return
+        place = {"data": iterator_state(self.data), **dataclasses.asdict(self.order)}
+        checkpoints.save(self.step, self.state, self.key, place)
 
 
 @runtime_checkable
@@ -69,13 +95,13 @@ def resume(run: Run, checkpoints: Checkpoints) -> Progress:
     names, else at the beginning.
 
     Raises:
-        UserError: there is no such run, or its checkpoint does not fit.
+        UserError: there is no such run, or its checkpoint does not fit, or its updates had another number of videos.
     """
     latest = checkpoints.latest()
     if latest is not None:
-        return _restored(run, checkpoints, latest)
+        return _restored(run, checkpoints, latest, own=True)
     if not run.cfg.resume_from_checkpoint:
-        return Progress(0, run.state, run.inputs.key, run.iterator())
+        return Progress(0, run.state, run.inputs.key, run.iterator(), Order.of(run))
     named = epath.Path(run.cfg.resume_from_checkpoint)
     folder = RunFolder(named).checkpoints
     folder = folder if folder.is_dir() else named
@@ -85,11 +111,25 @@ def resume(run: Run, checkpoints: Checkpoints) -> Progress:
         latest = other.latest()
         if latest is None:
             raise UserError(f"config.resume_from_checkpoint: {folder}: holds no checkpoint")
-        return _restored(run, other, latest)
+        return _restored(run, other, latest, own=False)
 
 
-def _restored(run: Run, checkpoints: Checkpoints, step: int) -> Progress:
+def _restored(run: Run, checkpoints: Checkpoints, step: int, *, own: bool) -> Progress:
+    """A run as a checkpoint has it, which is its own or another run's."""
     state, key, place = checkpoints.restore(step, run.state)
-    data = run.iterator()
-    data.set_state(place)
-    return Progress(step, state, random_key(key, run.mesh), data)
+    data, order = run.iterator(), Order.of(run)
+    # Earlier releases did not record the order.
+    samples, clips = place.get("samples", order.samples), place.get("clips", order.clips)
+    if own and samples != order.samples:
+        raise UserError(
+            f"config.per_device_train_batch_size: makes updates of {order.samples} videos (x sample groups of the mesh x "
+            f"gradient_accumulation_steps), expected {samples}, as before step {step}"
+        )
+    change = compare_rows(clips, order.clips, [clip.clip.number for clip in run.inputs.clips.training])
+    moved = samples != order.samples or bool(change and change.moved)
+    if not moved:
+        data.set_state(place["data"])
+    if change and is_writer():
+        then = "weights and optimizer go on, the clips begin anew" if moved else "the epoch goes on in its order"
+        print(f"{run.cfg.file_name}: since step {step}: {change.text}; {then}", file=sys.stderr)
+    return Progress(step, state, random_key(key, run.mesh), data, order)

@@ -20,12 +20,17 @@ import pytest
 from etils import epath
 from flax import nnx
 
+from rfl_jax.config import Config, dumps
 from rfl_jax.errors import RunError, UserError, refuse_in_one_line, storage_fault
 from rfl_jax.files import aside, write_whole
+from rfl_jax.miniature.world import ASSETS, DIT_FILES
 from rfl_jax.runs import RunFolder
-from rfl_jax.training.checkpoint import Checkpoints
+from rfl_jax.settings import settings as all_settings
+from rfl_jax.training.changes import FIXED, MAY_CHANGE, check_settings, compare_rows
+from rfl_jax.training.checkpoint import Checkpoints, iterator_state
 from rfl_jax.training.lock import Lock
 from rfl_jax.training.loop import train
+from rfl_jax.training.progress import resume
 from rfl_jax.training.record import Board
 from rfl_jax.training.state import TrainState
 from tests.conftest import COMPILER
@@ -68,8 +73,8 @@ def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(settin
     text = str(failure.value)
     assert "step 6: dit2.blocks." in text
     assert "lora_a is not finite" in text
-    assert "3 steps in a row" in text
-    assert "checkpoint is that of step 3" in text
+    assert "the last of 3 such steps in a row" in text
+    assert text.endswith("goes on from the last good checkpoint, that of step 3")
     # A skipped update leaves weights, moments and the schedule's place as they were, to the last bit.
     assert equal(states[0], states[1])
     assert equal(states[2], states[5])
@@ -115,7 +120,7 @@ def test_a_holder_elsewhere_is_gone_when_it_says_nothing(tmp_path, capsys):
     folder.lock.write_text(json.dumps(held))
     lock = Lock(folder, beat_s=0.05, silence_s=0.2)
     with lock:
-        assert "waiting whether process" in capsys.readouterr().out
+        assert "waiting whether process" in capsys.readouterr().err
         lock.check()
         # One that slept so long that it was taken for gone writes nothing more.
         with pytest.raises(RunError, match=r"process .* on another took it"):
@@ -219,6 +224,21 @@ def test_a_full_disk_is_one_line_and_what_was_written_stays_whole(small_disk):
         board.close()
 
 
+def test_a_conversion_onto_a_full_disk_leaves_nothing_and_succeeds_with_room(small_disk):
+    def converted():
+        source, target = ASSETS / DIT_FILES["dit2"], small_disk / "dit2"
+        command = [sys.executable, "-m", "convert", "dit", "--src", str(source), "--dst", str(target)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    full = converted()
+    assert full.returncode == 1
+    assert full.stderr.count("\n") == 1
+    assert "No space left on device" in full.stderr
+    assert not list(small_disk.iterdir())
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert converted().returncode == 0
+
+
 def _fill(board):
     while True:
         board.add(1, [])
@@ -228,7 +248,7 @@ def test_storage_errors_are_told_from_others(capsys):
     faults = {
         OSError(errno.EDQUOT, "Disk quota exceeded", "/data/a"): "/data/a: Disk quota exceeded",
         PermissionError(errno.EACCES, "Permission denied", "/data/a"): "/data/a: Permission denied",
-        ValueError('UNAVAILABLE: Error writing "gs://bucket/a"'): "the bucket cannot be reached",
+        ValueError('UNAVAILABLE: Error writing "gs://bucket/a"'): "the network failed",
         ValueError('PERMISSION_DENIED: Error opening "/data/x" [OS error 13: EACCES]'): "/data/x: Permission denied",
     }
     for error, text in faults.items():
@@ -296,3 +316,87 @@ def test_a_preempted_host_saves_ends_and_goes_on(tmp_path, clip_folder):
     error = again.communicate()[1]
     assert again.returncode == 0, error
     assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, step + 2))
+
+
+def test_every_setting_may_change_on_resume_or_must_stay():
+    assert sorted((*FIXED, *MAY_CHANGE)) == sorted(setting.key for setting in all_settings(Config))
+
+
+def begun(path, cfg):
+    """A folder as a run with a checkpoint leaves it."""
+    folder = RunFolder(epath.Path(path))
+    write_whole(folder.config, dumps(cfg))
+    (folder.checkpoints / "2").mkdir(parents=True)
+    return folder
+
+
+def test_settings_that_change_are_told_or_refused_by_name(settings, tmp_path):
+    folder = begun(tmp_path / "run", settings())
+    assert check_settings(settings(), folder) == ""
+    told = check_settings(settings(max_steps=9, learning_rate=1e-4, **{"eval.num_samples": 3}), folder)
+    assert told.endswith("eval.num_samples from 16 to 3, learning_rate from 0.001 to 0.0001, max_steps from 2 to 9")
+    with pytest.raises(
+        UserError, match=r"config\.lora_rank: 2, expected 4; config\.seed: 1, expected 42, as the run in"
+    ):
+        check_settings(settings(lora_rank=2, seed=1), folder)
+    # A setting that was not there yet is no change.
+    values = json.loads(folder.config.read_text())
+    del values["max_bad_steps"]
+    folder.config.write_text(json.dumps(values))
+    assert check_settings(settings(max_bad_steps=7), folder) == ""
+
+    # Another run may begin with its weights: only what they are has to stay.
+    new = RunFolder(epath.Path(tmp_path / "new"))
+    assert check_settings(settings(seed=1, resume_from_checkpoint=str(folder)), new) == ""
+    with pytest.raises(UserError, match=r"config\.lora_rank: 2, expected 4"):
+        check_settings(settings(lora_rank=2, resume_from_checkpoint=str(folder)), new)
+    # Without a checkpoint nothing was trained that could be spoilt.
+    (folder.checkpoints / "2").rmdir()
+    assert check_settings(settings(lora_rank=2), folder) == ""
+
+
+def test_changed_rows_are_told_and_keep_the_place_where_it_means_the_same():
+    def change(now, before="abcd"):
+        found = compare_rows(list(before), list(now), list(range(2, 2 + len(now))))
+        return found and (found.text, found.moved)
+
+    assert change("abcd") is None
+    assert change("abXd") == ("1 row edited (4)", False)
+    assert change("wxyz") == ("all rows have another video or prompt, or are prepared by other networks", False)
+    assert change("abcdef") == ("2 rows added (6, 7)", True)
+    assert change("abd") == ("1 removed", True)
+    assert change("bacd") == ("rows reordered", True)
+    assert change("dcbXa") == ("1 row added (5), others reordered", True)
+    assert change("aab", before="ab") == ("1 row added (3)", True)
+    assert change("Xabc") == ("1 row added (2), 1 removed", True)
+
+
+def test_a_csv_with_other_rows_begins_anew_and_updates_keep_their_size(settings, tmp_path, clip_folder, capsys):
+    rows = [f"{clip_folder / f'clip_{i:03d}.mp4'},a face\n" for i in range(6)]
+    file = tmp_path / "metadata.csv"
+    file.write_text("video,prompt\n" + "".join(rows))
+    cfg = settings(
+        file_name=str(file), max_steps=1, save_steps=1, num_inference_steps=2, mid_timestep=1, final_timestep=1
+    )
+    folder = RunFolder(epath.Path(tmp_path / "run"))
+    train(open_run(cfg, tmp_path / "run"), folder)
+
+    def resumed(cfg):
+        run = open_run(cfg, tmp_path / "run")
+        with Checkpoints(folder.checkpoints) as checkpoints:
+            return resume(run, checkpoints)
+
+    fresh = iterator_state(open_run(cfg, tmp_path / "run").iterator())
+    progress = resumed(cfg)
+    place = iterator_state(progress.data)
+    assert place != fresh
+    assert "since step" not in capsys.readouterr().err
+
+    file.write_text("video,prompt\n" + "".join([rows[0].replace("a face", "another"), *rows[1:]]))
+    assert iterator_state(resumed(cfg).data) == place
+    assert f"{file}: since step 1: 1 row edited (2); the epoch goes on in its order" in capsys.readouterr().err
+    file.write_text("video,prompt\n" + "".join(rows[:5]))
+    assert iterator_state(resumed(cfg).data) == fresh
+    assert "since step 1: 1 removed; weights and optimizer go on, the clips begin anew" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"makes updates of 1 videos .*, expected 2, as before step 1"):
+        resumed(dataclasses.replace(cfg, per_device_train_batch_size=1))
