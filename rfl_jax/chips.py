@@ -75,7 +75,7 @@ def answer_libtpu() -> None:
     called before any device is asked for. A machine with a TPU answers by itself.
     """
     # On a host of TPUs, jax has named its platforms when it was imported.
-    if not jax.config.jax_platforms and not _has_tpu_device():
+    if not jax.config.values["jax_platforms"] and not _has_tpu_device():
         _set_libtpu()
 
 
