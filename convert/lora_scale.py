@@ -52,7 +52,7 @@ class Settings:
     rank: int | None
     alpha: float
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
     rank_stabilized: bool = False
     targets: Sequence[str] | str | None = None
     of_some: bool = False
