@@ -218,7 +218,7 @@ def _write_shard(
             with unfinished.open("wb") as stream:
                 stream.write(struct.pack("<Q", len(text)) + text)
                 for entry in tensors:
-                    stream.write(memoryview(np.ascontiguousarray(entry.read()).view(np.uint8).reshape(-1)))
+                    stream.write(np.ascontiguousarray(entry.read()).view(np.uint8).reshape(-1).data)
                     progress(entry.nbytes)
             unfinished.replace(file)
         except BaseException:
