@@ -14,26 +14,80 @@ from rfl_jax.models.layers import expand_to, lecun_normal
 _DIMENSIONS_2D = ("NHWC", "HWIO", "NHWC")
 _DIMENSIONS_3D = ("NDHWC", "DHWIO", "NDHWC")
 
+Padding = tuple[tuple[int, int], tuple[int, int]]  # before and behind, of rows and of columns
+
 
 def conv2d(
     x: Float[Array, "*b h w c"],
     kernel: Float[Array, "kh kw c_in c2"],
     *,
     stride: int = 1,
-    padding: tuple[tuple[int, int], tuple[int, int]],
+    padding: Padding,
     groups: int = 1,
 ) -> Float[Array, "*b h2 w2 c2"]:
     """2-D convolution over the last three axes (h, w, c); all leading axes are batch. `c_in` is c / groups."""
     lead = x.shape[:-3]
-    y = jax.lax.conv_general_dilated(
-        x.reshape(-1, *x.shape[-3:]),
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=_DIMENSIONS_2D,
-        feature_group_count=groups,
-    )
+    y = _conv2d(x.reshape(-1, *x.shape[-3:]), kernel, stride, padding, groups)
     return y.reshape(*lead, *y.shape[1:])
+
+
+def _plain2d(stride: int, padding: Padding, groups: int, x: Array, kernel: Array) -> Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=_DIMENSIONS_2D, feature_group_count=groups
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv2d(x: Array, kernel: Array, stride: int, padding: Padding, groups: int) -> Array:
+    return _plain2d(stride, padding, groups, x, kernel)
+
+
+def _conv2d_forward(
+    x: Array, kernel: Array, stride: int, padding: Padding, groups: int
+) -> tuple[Array, tuple[Array, Array]]:
+    return _conv2d(x, kernel, stride, padding, groups), (x, kernel)
+
+
+def _conv2d_backward(
+    stride: int, padding: Padding, groups: int, kept: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    def automatic(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+        return jax.vjp(functools.partial(_plain2d, stride, padding, groups), x, kernel)[1](g)
+
+    if groups > 1:
+        return automatic(*kept, g)
+    explicit = functools.partial(_gradients_as_forward, stride=stride, padding=padding)
+    return jax.lax.platform_dependent(*kept, g, cpu=explicit, default=automatic)
+
+
+_conv2d.defvjp(_conv2d_forward, _conv2d_backward)
+
+
+def _gradients_as_forward(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c c2"], g: Float[Array, "b h2 w2 c2"],
+    *, stride: int, padding: Padding,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "kh kw c c2"]]:  # fmt: skip
+    """Gradients of input and kernel, each as a forward convolution with its axes in the usual order.
+
+    XLA's CPU backend has a fast convolution for that order alone. It rewrites others, but not inside loops, where those of
+    automatic differentiation are ten to sixty times slower.
+    """
+    spread = jax.lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), (0, 0, stride - 1), (0, 0, stride - 1), (0, 0, 0)])
+    sides = [
+        (low, size, k, reach)
+        for (low, _), size, k, reach in zip(padding, x.shape[1:3], kernel.shape[:2], spread.shape[1:3], strict=True)
+    ]
+    around = [(k - 1 - low, size + low - reach) for low, size, k, reach in sides]
+    dx = _plain2d(1, _pair(around), 1, spread, kernel[::-1, ::-1].swapaxes(2, 3))
+    # Batch and channels change places: the kernel's gradient correlates the input with `g` over space and batch.
+    around = [(low, k + reach - 1 - size - low) for low, size, k, reach in sides]
+    dk = _plain2d(1, _pair(around), 1, x.transpose(3, 1, 2, 0), spread.transpose(1, 2, 0, 3))
+    return dx, dk.transpose(1, 2, 0, 3)
+
+
+def _pair(sides: list[tuple[int, int]]) -> Padding:
+    rows, columns = sides
+    return rows, columns
 
 
 def conv3d(

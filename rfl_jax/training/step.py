@@ -61,6 +61,28 @@ def make_loss(
     return loss
 
 
+def accumulate(grad: Callable[..., Any], batch: Batch, like: States) -> tuple[States, Metrics]:
+    """Mean gradients of the micro-batches, and their metrics stacked.
+
+    Args:
+        grad: `(batch=) -> ((loss, metrics), gradients)`.
+        batch: arrays with a leading axis of micro-batches.
+        like: shapes of the gradients.
+    """
+
+    def micro(total: States, batch: Batch) -> tuple[States, Metrics]:
+        (_, metrics), grads = grad(batch=batch)
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    count = jax.tree.leaves(batch)[0].shape[0]
+    if count == 1:
+        # A loop of one turn would keep the compiler from arranging what is in it.
+        (_, metrics), grads = grad(batch=jax.tree.map(lambda x: x[0], batch))
+        return grads, jax.tree.map(lambda x: x[None], metrics)
+    total, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, like), batch)
+    return jax.tree.map(lambda g: g / count, total), metrics
+
+
 def make_step(
     cfg: Config, networks: Networks, sampler: Sampler, tx: optax.GradientTransformation, schedule: optax.Schedule
 ) -> Step:
@@ -72,14 +94,7 @@ def make_step(
     grad = jax.value_and_grad(make_loss(cfg, networks, sampler), has_aux=True)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        def micro(total: States, batch: Batch) -> tuple[States, Metrics]:
-            (_, metrics), grads = grad(state.params, frozen, batch, key)
-            return jax.tree.map(jnp.add, total, grads), metrics
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, metrics = jax.lax.scan(micro, zeros, batch)
-        count = metrics["loss"].shape[0]
-        grads = jax.tree.map(lambda g: g / count, grads)
+        grads, metrics = accumulate(partial(grad, state.params, frozen, key=key), batch, state.params)
         before = state
         if cfg.optimizer_memory != "device":
             opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)

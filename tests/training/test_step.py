@@ -67,7 +67,7 @@ def test_every_mesh_gives_the_gradients_of_one_device(settings, tmp_path):
     one = settings(**smooth, train_batch_size=8, per_device_train_batch_size=8)
     want_loss, want_score, want = gradients(open_run(one, tmp_path))
     want = snapshot(want)
-    for data, fsdp, context in ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)):
+    for data, fsdp, context in ((1, 8, 1), (1, 2, 4), (2, 2, 2)):
         cfg = settings(
             **{"mesh.data": data, "mesh.fsdp": fsdp, "mesh.context": context, **smooth},
             train_batch_size=8,
@@ -77,10 +77,7 @@ def test_every_mesh_gives_the_gradients_of_one_device(settings, tmp_path):
         np.testing.assert_allclose((loss, score), (want_loss, want_score), rtol=1e-4, err_msg=str(cfg.mesh))
         if fsdp * context > 1:
             assert all(not g.sharding.is_fully_replicated for g in jax.tree.leaves(grads))
-        # Programs of different meshes round differently, which the way through decoder and embedder amplifies: by 1e-4
-        # to 2e-4 of the gradient on the processors tried, in no direction of its own.
-        assert relative(flat(grads), flat(want)) < 1e-3, cfg.mesh
-        assert 1 - cosine(flat(grads), flat(want)) < 1e-6, cfg.mesh
+        assert relative(flat(grads), flat(want)) < 1e-4, cfg.mesh
 
 
 def test_weights_and_moments_in_host_memory_change_nothing(settings, tmp_path):
