@@ -1,6 +1,7 @@
 """What the converters share: from the source's tensors or graph to the arrays of a module, and to the filled module."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,11 +39,17 @@ class Network(Generic[C, M]):
 
     def abstract(self, cfg: C, **options: Any) -> M:
         """The module with shapes in place of its weights."""
-        return nnx.eval_shape(lambda: self.build(cfg, **options))
+        # Tracing takes a third of a second for the larger ones, and modules may be changed by who gets them.
+        return nnx.clone(_abstract(self.module, cfg, tuple(sorted(options.items()))))
 
     def filled(self, cfg: C, arrays: Mapping[str, np.ndarray]) -> M:
         """The module with these weights."""
         return fill(self.abstract(cfg), {name: jnp.asarray(array) for name, array in arrays.items()})
+
+
+@functools.cache
+def _abstract(module: Callable[..., M], cfg: Any, options: tuple[tuple[str, Any], ...]) -> M:
+    return nnx.eval_shape(lambda: module(cfg, **dict(options), rngs=nnx.Rngs(0)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rfl_jax.chips import answer_libtpu
 from rfl_jax.config import Config, default_text, grouped, parse
 from rfl_jax.errors import UserError, failure, first_line, refuse_in_one_line
 from rfl_jax.files import aside
+from rfl_jax.programs import keep_compiled_programs
 
 HELP = {"-h", "--h", "-help", "--help"}
 WIDTH = 100
@@ -146,6 +147,7 @@ def run(main: Callable[[], None], command: str) -> None:
         os._exit(1)
 
     answer_libtpu()
+    keep_compiled_programs()
     # What Orbax warns of is for its developers; what a user must know is raised.
     logging.set_verbosity(logging.FATAL)
     with refuse_in_one_line(command):
