@@ -262,8 +262,8 @@ class Config(Original):
         str, OneOf(remat.VAE_CACHES), "What becomes of the decoder's causal caches until the backward pass."
     ] = "keep"
     attention: Annotated[
-        Literal["auto", "xla", "splash", "cudnn"],
-        "Attention kernel; auto: splash on TPU, cuDNN on GPU, XLA on CPU.",
+        Literal["auto", "xla", "flash", "cudnn"],
+        "Attention kernel; auto: flash on TPU, cuDNN on GPU, XLA on CPU.",
     ] = "auto"
     mesh: MeshSection = MeshSection()
     reward: RewardSection = RewardSection()

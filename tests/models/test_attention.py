@@ -47,14 +47,14 @@ def test_meshes_equal_plain_attention(shape, heads):
 
 
 @pytest.mark.parametrize(("shape", "heads"), [((1, 1, 1), 2), ((1, 2, 4), 4), ((1, 1, 4), 3)])
-def test_splash_equals_plain_attention(shape, heads):
-    kernel = kernel_for("splash", "cpu")
+def test_flash_equals_plain_attention(shape, heads):
+    kernel = kernel_for("flash", "cpu")
     check(make_mesh(*shape), kernel, tokens=152, keys=152, heads=heads, length=149)
     check(make_mesh(*shape), kernel, tokens=24, keys=130, heads=heads, length=130)
 
 
 def test_the_fastest_kernel_of_a_platform_is_chosen():
-    assert [kernel_for("auto", platform) for platform in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]
+    assert [kernel_for("auto", platform) for platform in ("tpu", "gpu", "cpu")] == ["flash", "cudnn", "xla"]
     assert kernel_for("xla", "tpu") == "xla"
 
 

@@ -99,7 +99,7 @@ def test_bytes_are_those_of_a_real_run(tmp_path):
 def test_every_feature_compiles_for_tpu():
     mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.context=4"]
     found = plan(
-        *MINI, *mesh, "--config.per_device_train_batch_size=4", "--config.dtype=bfloat16", "--config.attention=splash",
+        *MINI, *mesh, "--config.per_device_train_batch_size=4", "--config.dtype=bfloat16", "--config.attention=flash",
         "--config.remat_policy=offload", "--topology=v5p-8", "--json",
     )  # fmt: skip
     assert found.returncode == 0, found.stderr

@@ -14,7 +14,7 @@ from rfl_jax.models.attention import attention
 from rfl_jax.models.layers import LayerNorm, Linear, RMSNorm, expand_to, layer_norm
 from rfl_jax.models.wan.config import DiTConfig
 from rfl_jax.models.wan.rope import Freqs, apply_rope, rope_freqs
-from rfl_jax.remat import ATTENTION_OUTPUT, BLOCK_INPUT, checkpoint_name, remat
+from rfl_jax.remat import BLOCK_INPUT, checkpoint_name, remat
 from rfl_jax.sharding import context_shards, gather, pin_tokens
 
 MAX_PERIOD = 10_000.0
@@ -62,7 +62,7 @@ class Attention(nnx.Module):
         k, v = (heads(y if freqs is None else pin_tokens(y)) for y in (k, v))
         if freqs is not None:
             q, k = apply_rope(q, freqs), apply_rope(k, freqs)
-        out = checkpoint_name(attention(q, k, v, kernel=self.kernel, length=length), ATTENTION_OUTPUT)
+        out = attention(q, k, v, kernel=self.kernel, length=length)
         return self.o(pin_tokens(rearrange(out, "b n k d -> b n (k d)")))
 
 
@@ -177,7 +177,8 @@ class DiT(nnx.Module):
         tokens = self._run_blocks(tokens, modulation, text, (cos, sin), length)
 
         shift, scale = (self.head_modulation[...].astype(jnp.float32)[None, None] + e[:, :, None]).transpose(2, 0, 1, 3)
-        out = self.head(layer_norm(tokens, self.cfg.eps) * (1 + scale) + shift)
+        # Pinned, so that what is gathered for the grid is the narrow output and not the wide tokens.
+        out = pin_tokens(self.head(layer_norm(tokens, self.cfg.eps) * (1 + scale) + shift))
         return self._unpatchify(out[:, :length], grid)
 
     def _grid(self, x: Float[Array, "b t h w c"]) -> tuple[int, int, int]:
