@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from rfl_jax.errors import UserError, first_line
 
@@ -60,6 +61,25 @@ ACCELERATOR_TYPES = {
     **{f"v5p-{2 * chips}": f"v5p:{shape}" for chips, shape in _SOLID.items()},
     **{f"{name}-{chips}": f"tpu7x:{shape}" for chips, shape in _SOLID.items() for name in ("tpu7x", "v7x")},
 }
+
+# How programs are compiled for a platform. TPUs: weights of layers are gathered while others are computed with, in steps beside
+# matrix products, and not before them (benchmarks/RESULTS.md).
+COMPILER_OPTIONS = {
+    "tpu": {
+        "xla_enable_async_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+        "xla_tpu_overlap_compute_collective_tc": "true",
+    },
+}
+
+
+def compiler_options(mesh: Mesh, more: Sequence[str] = ()) -> dict[str, str]:
+    """Options of XLA for programs on these devices: their platform's own, and NAME=VALUE over them."""
+    own = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
+    return {**own, **dict(pair.split("=", 1) for pair in more)}
+
 
 # What libtpu asks of a machine; where it finds no answer it complains, or waits for a metadata server.
 _LIBTPU_SETTINGS = {

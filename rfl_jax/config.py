@@ -24,6 +24,7 @@ from rfl_jax.settings import (
     MultipleOf,
     Names,
     OneOf,
+    Pairs,
     Setting,
     StepRange,
     Within,
@@ -265,6 +266,9 @@ class Config(Original):
         Literal["auto", "xla", "flash", "cudnn"],
         "Attention kernel; auto: flash on TPU, cuDNN on GPU, XLA on CPU.",
     ] = "auto"
+    compiler_options: Annotated[
+        Names, Pairs(), "Options of XLA, over those that rfl_jax sets for the platform (rfl_jax/chips.py)."
+    ] = ()
     mesh: MeshSection = MeshSection()
     reward: RewardSection = RewardSection()
     noise: NoiseSection = NoiseSection()

@@ -120,6 +120,17 @@ class OneOf:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Texts NAME=VALUE."""
+
+    def check(self, value: Names) -> bool:
+        return all(re.fullmatch(r"\w+=[^=]+", pair) for pair in value)
+
+    def expected(self, noun: str) -> str:
+        return "NAME=VALUE separated by commas, or empty"
+
+
+@dataclasses.dataclass(frozen=True)
 class Listed:
     """Some of the names; none of them too where `empty`."""
 

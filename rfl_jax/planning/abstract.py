@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config
 from rfl_jax.data.batching import micro_batch, samples_per_update
 from rfl_jax.data.sizes import video_size
@@ -139,7 +140,8 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
     before = None
     if prefix.spans and not cached:
         arguments = (*prefix_arguments(prefix, frozen, batch), key)
-        before = jit_prefix(networks, prefix, mesh, mode=cfg.noise.mode), arguments
+        options = compiler_options(mesh, cfg.compiler_options)
+        before = jit_prefix(networks, prefix, mesh, mode=cfg.noise.mode, options=options), arguments
     if prefix.spans:
         batch["prefix"] = _of_samples(cfg, mesh, *latents, sampler.dit.out_dim)
     return Plan(

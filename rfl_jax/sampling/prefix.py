@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from rfl_jax import hosts
+from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config
 from rfl_jax.data.batching import Batches, filled, in_batches
 from rfl_jax.data.cache import PreparedClip, write_arrays
@@ -34,7 +35,7 @@ T = TypeVar("T")
 INPUTS = ("y", "context")
 
 
-def jit_prefix(networks: Networks, sampler: Sampler, mesh: Mesh, *, mode: str) -> Any:
+def jit_prefix(networks: Networks, sampler: Sampler, mesh: Mesh, *, mode: str, options: dict[str, str]) -> Any:
     """`(frozen, batch, key) -> latents` after the sampler's steps, jitted, to be called under `jax.set_mesh`.
 
     Args:
@@ -42,6 +43,7 @@ def jit_prefix(networks: Networks, sampler: Sampler, mesh: Mesh, *, mode: str) -
         sampler: with the spans of the prefix.
         mesh: devices.
         mode: of `start_noise`.
+        options: of the compiler.
     """
 
     def one(frozen: Frozen, batch: Batch, key: jax.Array) -> jax.Array:
@@ -53,7 +55,7 @@ def jit_prefix(networks: Networks, sampler: Sampler, mesh: Mesh, *, mode: str) -
     def run(frozen: Frozen, batch: Batch, key: jax.Array) -> jax.Array:
         return jax.lax.map(lambda micro: one(frozen, micro, key), batch)
 
-    return jax.jit(run, out_shardings=micro_batches(mesh))
+    return jax.jit(run, out_shardings=micro_batches(mesh), compiler_options=options)
 
 
 def prefix_arguments(sampler: Sampler, frozen: Frozen, batch: Mapping[str, T]) -> tuple[Frozen, dict[str, T]]:
@@ -137,7 +139,8 @@ def _fill_cache(
     for name in sampler.experts:
         module = open_network(cfg, name, sources.files(name), "sample", mesh)
         graphs[name], weights[name] = split_placed(cfg, name, module, mesh)
-    run = jit_prefix(Networks(graphs, graphs, ()), sampler, mesh, mode=mode)
+    options = compiler_options(mesh, cfg.compiler_options)
+    run = jit_prefix(Networks(graphs, graphs, ()), sampler, mesh, mode=mode, options=options)
     everywhere = jax.jit(lambda x: x, out_shardings=replicated(mesh))
     shapes = {number: clips[number].latent_shape for number, _ in missing}
     with tqdm(total=len(missing), desc="frozen prefix", disable=None) as bar:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from rfl_jax.chips import compiler_options
 from rfl_jax.fingerprint import fingerprint
 from rfl_jax.networks.faces import detector_file, embedder_file
 from rfl_jax.training.setup import Run
@@ -29,6 +30,7 @@ def describe(run: Run) -> dict[str, Any]:
             "count": jax.device_count(),
             "processes": jax.process_count(),
             "mesh": dict(run.mesh.shape),
+            "compiler_options": compiler_options(run.mesh, run.cfg.compiler_options),
         },
         "weights": {name: {file: fingerprint(file) for file in paths} for name, paths in files.items() if paths},
         "trained_parameters": {

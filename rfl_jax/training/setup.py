@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from rfl_jax import hosts
+from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config
 from rfl_jax.data.dataset import make_iterator
 from rfl_jax.errors import UserError
@@ -134,7 +135,10 @@ def set_up(cfg: Config, folder: RunFolder, devices: Sequence[Any] | None = None)
     frozen = jax.tree.map(hosts.place, frozen, frozen_places(cfg, frozen, mesh))
     state = jax.jit(lambda p: create_state(p, tx), out_shardings=places)(params)
     step = jit_step(cfg, networks, inputs.sampler, tx, schedule, places)
-    prefix = jit_prefix(networks, inputs.prefix, mesh, mode=cfg.noise.mode) if inputs.prefix.spans else None
+    prefix = None
+    if inputs.prefix.spans:
+        options = compiler_options(mesh, cfg.compiler_options)
+        prefix = jit_prefix(networks, inputs.prefix, mesh, mode=cfg.noise.mode, options=options)
     if cfg.profile.steps:
         # Profiles need the text of the compiled programs.
         step, prefix = Compiled(step), None if prefix is None else Compiled(prefix)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config
 from rfl_jax.networks.parts import Frozen, Networks, States
 from rfl_jax.remat import steps_options
@@ -142,4 +143,9 @@ def jit_step(
     """
     step = make_step(cfg, networks, sampler, tx, schedule)
     # Metrics and the video are wanted on every host.
-    return jax.jit(step, out_shardings=(places, places.step), donate_argnums=0)
+    return jax.jit(
+        step,
+        out_shardings=(places, places.step),
+        donate_argnums=0,
+        compiler_options=compiler_options(places.step.mesh, cfg.compiler_options),
+    )
