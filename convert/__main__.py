@@ -101,7 +101,8 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError(f"{args.dst}: exists already, expected a new folder")
     loras = [parse_strength(text) for text in getattr(args, "lora", [])]
     files = [file for source in args.src for file in fetch(source)]
-    merged = [(file, strength) for name, strength in loras for file in fetch(name)]
+    named = [(name, file, strength) for name, strength in loras for file in fetch(name)]
+    merged = [(file, strength) for _, file, strength in named]
     if args.verify:
         verify.check_possible(args.command, merged)
     expert = getattr(args, "expert", "")
@@ -111,7 +112,7 @@ def _convert(args: argparse.Namespace) -> None:
         args.command, files, dtype=args.dtype, loras=merged, expert=EXPERT_OPTIONS.get(expert, ""), **_hints(args.set)
     )
     print(cfg)
-    described = origin.of_sources(args.src, files, loras, args.dtype)
+    described = origin.of_sources(args.src, files, args.dtype, loras=named, expert=expert)
     total = sum(array.nbytes for array in arrays.values())
     before = signal.signal(signal.SIGINT, _interrupted)
     with tqdm(total=total, unit="B", unit_scale=True, desc=args.dst, disable=None) as bar:
@@ -143,7 +144,7 @@ def _convert_lora(args: argparse.Namespace) -> None:
     if len(files) != 1 or set(settings) - {"preset"}:
         raise UserError("lora: expected one file, and no setting but preset")
     cfg, arrays = adapters.convert(files[0], settings.get("preset", ""), EXPERT_OPTIONS.get(args.expert, ""))
-    store.save(args.dst, "lora", cfg, arrays, origin=origin.of_sources(args.src, files, [], "float32"))
+    store.save(args.dst, "lora", cfg, arrays, origin=origin.of_sources(args.src, files, "float32", expert=args.expert))
     print(f"{args.dst}: {len(arrays) // 2} adapted layers of {cfg.preset}, rank {cfg.rank}")
 
 

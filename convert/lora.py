@@ -258,6 +258,7 @@ class Lora:
         products = [(delta, module, alpha) for delta, module, alpha in changes if delta.up]
         try:
             settings = lora_scale.of_header(self._checkpoint.metadata, component)
+            stabilized = lora_scale.is_stabilized(self._checkpoint.metadata)
         except UserError as error:
             raise UserError(f"{self.file}: {error}") from None
         config = self._checkpoint.files[0].with_name("adapter_config.json")
@@ -278,6 +279,11 @@ class Lora:
             self.ranks.add(rank)
             try:
                 alpha = (alpha_key, self._number(alpha_key)) if alpha_key else None
+                if alpha and stabilized and not settings:
+                    raise UserError(
+                        f"{stabilized} says that the scale is over the root of the rank, but not whether {alpha_key} is: "
+                        f"expected {lora_scale.KOHYA} beside it"
+                    )
                 scale = lora_scale.combine([module, *names[at]], rank, alpha, settings)
             except UserError as error:
                 self._problems.append(str(error).removeprefix(f"{self.file}: "))

@@ -7,7 +7,9 @@
 | `alpha`, `lora_alpha`, `network_alpha`, `ss_network_alpha` (kohya) in the header | alpha of all layers |
 | adapter_config.json (PEFT) | PEFT's settings |
 
-The scale is alpha / rank, with rank-stabilised adapters alpha / sqrt(rank).
+The scale is alpha / rank, with rank-stabilised adapters alpha / sqrt(rank). Of those LyCORIS stores an alpha of its own in
+the tensor, alpha * sqrt(rank), so that who divides by the rank is right; the header has the alpha that was asked for. An
+alpha of a tensor is therefore over the rank, and where adapters are rank-stabilised the header has to say the same.
 """
 
 import dataclasses
@@ -29,6 +31,10 @@ PLAIN = {
     "ss_network_alpha": ("ss_network_dim",),
 }
 KOHYA = "ss_network_alpha"
+# How kohya's tools and LyCORIS record the options of a network, as JSON; and what calls adapters rank-stabilised, there
+# or in the header itself.
+KOHYA_OPTIONS = "ss_network_args"
+STABILIZED = ("use_rslora", "rs_lora", "rslora")
 # What kohya's tools write where there is no one number for all layers.
 NO_NUMBER = ("", "None", "Dynamic")
 TOLERANCE = 0.01  # an alpha of bfloat16 has three digits
@@ -130,7 +136,7 @@ def of_header(metadata: Mapping[str, str], component: str) -> list[Settings]:
             raise UserError(f"{where}: expected JSON ({error})") from None
         if content:
             found.append(_of_peft(where, _of_component(where, content, component)))
-    stabilized = str(metadata.get("use_rslora", "")).lower() in ("true", "1")
+    stabilized = bool(is_stabilized(metadata))
     for name, ranks in PLAIN.items():
         where = f"{name} in the header"
         alpha = _number(where, metadata.get(name, ""))
@@ -146,6 +152,26 @@ def of_header(metadata: Mapping[str, str], component: str) -> list[Settings]:
         rank = None if rank is None else int(rank)
         found.append(Settings(where, rank, alpha, rank_stabilized=stabilized, of_some=name == KOHYA))
     return found
+
+
+def is_stabilized(metadata: Mapping[str, str]) -> str:
+    """Where a header says that its alphas are over the root of the rank; empty if nowhere.
+
+    Raises:
+        UserError: its options are no JSON object.
+    """
+    text = metadata.get(KOHYA_OPTIONS, "")
+    try:
+        options = {} if text in NO_NUMBER else json.loads(text) or {}
+    except ValueError as error:
+        raise UserError(f"{KOHYA_OPTIONS} in the header: expected JSON ({error})") from None
+    if not isinstance(options, dict):
+        raise UserError(f"{KOHYA_OPTIONS} in the header: expected a JSON object")
+    for where, place in (("", metadata), (f" of {KOHYA_OPTIONS}", options)):
+        for name in STABILIZED:
+            if str(place.get(name, "")).lower() in ("true", "1"):
+                return f"{name}{where} in the header"
+    return ""
 
 
 def _number(where: str, text: str) -> float | None:

@@ -104,7 +104,10 @@ class Graph:
         """A weight among a node's inputs."""
         if position >= len(node.inputs) or node.inputs[position] not in self.constants:
             raise self.refuse(node, f"a constant as input {position}")
-        return self.constants[node.inputs[position]]
+        name = node.inputs[position]
+        if not np.isfinite(self.constants[name]).all():
+            raise UserError(f"{self.file}: {name} holds NaN or infinity, expected finite numbers")
+        return self.constants[name]
 
     def affine(self, node: Node) -> tuple[np.ndarray, np.ndarray]:
         """Scale and bias of a BatchNormalization, computed in float64."""

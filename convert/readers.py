@@ -380,7 +380,8 @@ def _resolve(source: Path) -> dict[Path, set[str]]:
 
 def _only(folder: Path) -> Path:
     """The one checkpoint of a folder: safetensors before pickles, an index before its shards."""
-    for suffixes in ((".safetensors",), PICKLES):
+    # The last kind is not read, which is said better of the file than of the folder.
+    for suffixes in ((".safetensors",), PICKLES, (".gguf",)):
         files = [f for f in sorted(folder.iterdir()) if not f.name.startswith((".", *LEFTOVERS))]
         indexes = [f for f in files if f.name.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))]
         found = indexes or [f for f in files if f.suffix in suffixes]

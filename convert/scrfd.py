@@ -179,8 +179,8 @@ class _Walk:
             node = graph.next(x, "Mul", "Transpose", "Reshape", "Sigmoid")
             if node.op == "Mul":
                 scale = next((graph.constants[i] for i in node.inputs if i in graph.constants), np.zeros(0))
-                if scale.size != 1 or scores:
-                    raise graph.refuse(node, "a product with one number")
+                if scale.size != 1 or scores or not np.isfinite(scale).all():
+                    raise graph.refuse(node, "a product with one finite number")
                 self.arrays[f"{name}.kernel"] = self.arrays[f"{name}.kernel"] * np.float32(scale.item())
                 self.arrays[f"{name}.bias"] = self.arrays[f"{name}.bias"] * np.float32(scale.item())
             elif node.op == "Transpose":

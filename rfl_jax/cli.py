@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 
 import jax
@@ -14,12 +15,14 @@ from ml_collections import config_flags
 from rfl_jax import hosts
 from rfl_jax.chips import answer_libtpu
 from rfl_jax.config import Config, default_text, grouped, parse
-from rfl_jax.errors import UserError, failure, first_line, refuse_in_one_line
+from rfl_jax.errors import UserError, failure, first_line, is_full, refuse_in_one_line
 from rfl_jax.files import aside
 from rfl_jax.programs import keep_compiled_programs
 
 HELP = {"-h", "--h", "-help", "--help"}
 WIDTH = 100
+# How long a host that refuses its inputs waits for the others, which mostly refuse theirs.
+ALONE_S = 10
 # What stands for a flag's value, by its type.
 VALUES = {"string": "TEXT", "int": "NUMBER", "float": "NUMBER", "config object": "FILE[:ARG]"}
 
@@ -61,6 +64,8 @@ def open_workdir(path: str | None) -> epath.Path:
         probe.write_text("")
         probe.unlink()
     except (OSError, RuntimeError, ValueError, ImportError) as error:
+        if is_full(error):
+            raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"--workdir: {path}: not writable ({reason})") from None
     return workdir
@@ -133,6 +138,13 @@ def run(main: Callable[[], None], command: str) -> None:
                 )
             else:
                 raise
+        except UserError:
+            if distributed:
+                # Where the others found nothing to refuse, an orderly end would wait for them.
+                end = threading.Timer(ALONE_S, os._exit, (2,))
+                end.daemon = True
+                end.start()
+            raise
         except Exception as error:
             reason = failure(error)
             # It may be this host's alone.

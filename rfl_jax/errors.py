@@ -50,7 +50,14 @@ def is_passing(error: BaseException) -> bool:
     code = getattr(error, "code", None) or getattr(error, "status", None)
     if isinstance(code, int):
         return code in (408, 429) or code >= 500
+    if not getattr(error, "retryable", True):  # of Google's credentials
+        return False
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(NETWORK)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk or a quota has no room left."""
+    return any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in causes(error))
 
 
 def storage_fault(error: BaseException) -> str:

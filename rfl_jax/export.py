@@ -132,11 +132,13 @@ def main() -> None:
 
 
 def _write_adapters(trained: Trained, file: Path, kind: str) -> None:
+    config = file.with_name("adapter_config.json")
+    if kind == "peft":
+        # Before the file: on a disk that is full after it the same command would find it done.
+        write_whole(config, json.dumps(export.adapter_config(trained.arrays), indent=1) + "\n")
     write_whole(file, export.adapter_file(trained.arrays, kind, trained.metadata))
     print(f"{file}: {len(trained.arrays) // 2} adapted layers in {kind} naming")
     if kind == "peft":
-        config = file.with_name("adapter_config.json")
-        write_whole(config, json.dumps(export.adapter_config(trained.arrays), indent=1) + "\n")
         print(f"{config}")
 
 

@@ -22,8 +22,8 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFou
 from huggingface_hub.utils import logging
 from tqdm import tqdm
 
-from rfl_jax.errors import UserError, first_line
-from rfl_jax.files import PICKLES, is_remote, stays_below, user_cache
+from rfl_jax.errors import UserError, first_line, is_full
+from rfl_jax.files import PICKLES, is_remote, naming, stays_below, user_cache
 from rfl_jax.fingerprint import version_in_bucket
 
 # The library prints its warnings; the root logger, which absl has a handler at, would print them again.
@@ -67,6 +67,8 @@ def _from_hub(item: str) -> list[str]:
     except UserError:
         raise
     except Exception as error:  # the hub's library raises its own errors, its transport's and the system's
+        if is_full(error):
+            raise
         raise UserError(f"{item}: cannot be fetched from the hub ({first_line(error)})") from None
     indexes = [f for f in found if f.endswith(".safetensors.index.json")]
     return indexes if len(indexes) == 1 else [f for f in found if not f.endswith("config.json")]
@@ -128,6 +130,8 @@ def _from_bucket(source: epath.Path) -> list[str]:
         for name in names:
             _copy_once(source.parent / name, base / name)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        if is_full(error):
+            raise
         raise UserError(f"{source}: cannot be fetched ({first_line(error)})") from None
     return [str(base / source.name)]
 
@@ -152,11 +156,17 @@ def _copy_once(file: epath.Path, target: Path) -> None:
 def _copy(file: epath.Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}.tmp")
     bar = tqdm(total=file.stat().length, unit="B", unit_scale=True, desc=file.name, disable=None)
-    with bar, file.open("rb") as source, aside.open("wb") as copy:
-        while block := source.read(1 << 24):
-            copy.write(block)
-            bar.update(len(block))
-    aside.replace(target)
+    try:
+        with bar, file.open("rb") as source, aside.open("wb") as copy:
+            while block := source.read(1 << 24):
+                with naming(target):
+                    copy.write(block)
+                    copy.flush()
+                bar.update(len(block))
+        aside.replace(target)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _version(file: epath.Path) -> str:

@@ -3,21 +3,20 @@
 import contextlib
 import os
 import secrets
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+import fsspec
 import orbax.checkpoint as ocp
 from etils import epath
-
-from rfl_jax.errors import is_passing
 
 # Endings of the files that PyTorch pickles.
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 
-# Between attempts to write into a bucket.
-PAUSES_S = (1, 2, 4, 8, 15, 30, 60)
+for protocol in ("gs", "gcs"):
+    fsspec.register_implementation(
+        protocol, "rfl_jax.buckets.Bucket", clobber=True, errtxt='gs:// needs pip install "etils[epath-gcs]"'
+    )
 
 
 def user_cache() -> Path:
@@ -62,14 +61,14 @@ def aside(path: Path | epath.Path) -> Path | epath.Path:
 
 def write_whole(path: Path | epath.Path, content: bytes | str) -> None:
     """Replaces a file by new content. Locally it is written aside and renamed; an object of a bucket appears when its
-    upload is complete, which is tried again for two minutes if the bucket cannot be reached.
+    upload is complete.
 
     Raises:
         OSError: it cannot be written; names `path`.
     """
     data = content.encode() if isinstance(content, str) else content
     if is_remote(path):
-        _patiently(lambda: path.write_bytes(data))
+        path.write_bytes(data)
         return
     unfinished = aside(path)
     with naming(path):
@@ -91,17 +90,3 @@ def naming(path: Path | epath.Path) -> Iterator[None]:
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
-
-
-def _patiently(call: Callable[[], Any]) -> None:
-    """Calls until the network has its way; the last failure is raised."""
-    for pause in PAUSES_S:
-        try:
-            call()
-        except Exception as error:
-            if not is_passing(error):
-                raise
-            time.sleep(pause)
-        else:
-            return
-    call()

@@ -51,7 +51,8 @@ def fingerprint(path: str | Path | epath.Path) -> str:
 
 def files_of(root: epath.Path) -> list[epath.Path]:
     """All files that a source is read from: those of a folder, an index and its shards, or a file; and what lies beside
-    it by the name that belongs there, which is the config.json with the sizes of weights, or the data of an ONNX graph.
+    it by the name that belongs there, which is the config.json with the sizes of weights, the adapter_config.json with the
+    scale of adapters, or the data of an ONNX graph.
     """
     if root.is_dir():
         return files_below(root)
@@ -61,7 +62,7 @@ def files_of(root: epath.Path) -> list[epath.Path]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             names = sorted(set(json.loads(root.read_text())["weight_map"].values()))
             files += [root.parent / name for name in names if stays_below(name)]
-    beside = ["config.json"] if root.name.endswith(WEIGHTS) else []
+    beside = ["adapter_config.json", "config.json"] if root.name.endswith(WEIGHTS) else []
     if root.name.endswith(".onnx"):
         beside = [f"{root.name}.data", f"{root.name}_data"]
     return files + [root.parent / name for name in beside if (root.parent / name).exists()]

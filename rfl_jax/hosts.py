@@ -5,12 +5,14 @@ whatever `jax.distributed.initialize` finds by itself), or from JAX_COORDINATOR_
 JAX_PROCESS_ID.
 """
 
+import itertools
 import json
 import os
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -19,6 +21,9 @@ from rfl_jax.sharding import replicated
 
 # A host that has not been heard of for so long is given up, and with it the run.
 HEARTBEAT_S = 30
+# How long a host is waited for that lives: one may have clips to prepare for hours, and another none.
+PATIENCE_S = 24 * 3600
+_meetings = itertools.count()
 
 
 def join() -> None:
@@ -52,9 +57,15 @@ def is_writer() -> bool:
 
 
 def wait(name: str) -> None:
-    """Waits until all hosts are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    """Waits until all hosts are here, which all have to call in the same order.
+
+    They meet at the coordinator and not in a collective: Gloo, by which CPUs talk, gives up after half a minute. To be
+    called before a collective that hosts reach at different times.
+    """
+    count = jax.process_count()
+    if count > 1:
+        meeting = f"{name} {next(_meetings)}"
+        ocp.multihost.sync_global_processes(meeting, timeout=PATIENCE_S, processes=set(range(count)))
 
 
 def any_host(flag: bool) -> bool:
@@ -69,11 +80,41 @@ def exchange(mine: Any) -> list[Any]:
     data = np.frombuffer(json.dumps(mine).encode(), np.uint8)
     if jax.process_count() == 1:
         return [json.loads(data.tobytes())]
+    wait("exchange")
     sizes = multihost_utils.process_allgather(np.array(data.size, np.int32))
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+class Compiled:
+    """A jitted function that keeps the programs it became. Hosts compile for different times, and begin together.
+
+    Args:
+        jitted: to be called as it would be.
+    """
+
+    def __init__(self, jitted: Any) -> None:
+        self._jitted = jitted
+        self._programs: dict[Any, Any] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        key = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        if key not in self._programs:
+            self._programs[key] = self._jitted.lower(*args).compile()
+            wait("compiled")
+        return self._programs[key](*args)
+
+    def texts(self) -> list[str]:
+        """Of the programs, as XLA prints them."""
+        return [program.as_text() for program in self._programs.values()]
+
+
+def together(jitted: Any) -> Any:
+    """A jitted function that all hosts call; on several as `Compiled`."""
+    return jitted if jax.process_count() == 1 else Compiled(jitted)
 
 
 def place(x: Any, sharding: NamedSharding) -> jax.Array:

@@ -159,6 +159,9 @@ def test_an_index_stands_for_its_shards_and_weights_for_the_sizes_beside_them(fi
     (file.parent / "config.json").write_text('{"num_heads": 4}')
     assert files_of(file) == [file, file.parent / "config.json"]
     assert len({first, second, fingerprint(index)}) == 3
+    third = fingerprint(file)
+    (file.parent / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 16}')
+    assert fingerprint(file) != third
     assert fingerprint(file) != content_of(file)
 
 

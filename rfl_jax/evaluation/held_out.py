@@ -135,14 +135,14 @@ class HeldOut:
             reward = networks.build("reward", params, frozen)
             return video, *self._judged(reward, judge, video, batch["pool"], batch["judge_pool"])
 
-        return jax.jit(sample, out_shardings=self._whole)
+        return hosts.together(jax.jit(sample, out_shardings=self._whole))
 
     @functools.cached_property
     def _score(self) -> Any:
         def score(reward: nnx.State, judge: nnx.State, video: Array, pool: Array, judge_pool: Array) -> Any:
             return self._judged(self._networks.merge("reward", reward), judge, video, pool, judge_pool)
 
-        return jax.jit(score, out_shardings=self._whole)
+        return hosts.together(jax.jit(score, out_shardings=self._whole))
 
     def _judged(
         self, reward: FaceReward, judge: nnx.State, video: Array, pool: Array, judge_pool: Array

@@ -95,9 +95,9 @@ def cache_prefix(
         dataclasses.replace(clip, prefix=tuple(_file(cache, settings, clip, i, noise) for noise in range(noises)))
         for i, clip in enumerate(clips)
     ]
-    # All hosts look before any of them writes.
     missing = [(i, noise) for i, clip in enumerate(found) for noise in range(noises) if not clip.prefix[noise].exists()]
-    hosts.wait("looked for prefixes")
+    # All hosts look before any of them writes, and compute the same: another preparation may write meanwhile.
+    missing = sorted({(i, noise) for of_host in hosts.exchange(missing) for i, noise in of_host})
     if missing:
         _fill_cache(cfg, sources, sampler, found, missing, batches, key=key, mode=mode)
         hosts.wait("frozen prefix")
@@ -140,7 +140,7 @@ def _fill_cache(
         module = open_network(cfg, name, sources.files(name), "sample", mesh)
         graphs[name], weights[name] = split_placed(cfg, name, module, mesh)
     options = compiler_options(mesh, cfg.compiler_options)
-    run = jit_prefix(Networks(graphs, graphs, ()), sampler, mesh, mode=mode, options=options)
+    run = hosts.together(jit_prefix(Networks(graphs, graphs, ()), sampler, mesh, mode=mode, options=options))
     everywhere = jax.jit(lambda x: x, out_shardings=replicated(mesh))
     shapes = {number: clips[number].latent_shape for number, _ in missing}
     with tqdm(total=len(missing), desc="frozen prefix", disable=None) as bar:

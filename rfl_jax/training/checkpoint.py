@@ -23,7 +23,9 @@ class Checkpoints:
 
     def __init__(self, directory: epath.Path, *, keep: int = 3) -> None:
         self._directory = directory
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        # Hosts meet while they write; where two folders are written at once, each has meetings of its own.
+        meetings = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, multiprocessing_options=meetings)
         handlers = {"state": array_handler(), "run": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(absolute(directory), options=options, item_handlers=handlers)
 

@@ -94,6 +94,8 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         refusal = self._take() if hosts.is_writer() else ""
+        # Process 0 may have watched a holder for a while.
+        hosts.wait("lock")
         if hosts.any_host(bool(refusal)):
             raise UserError(refusal or f"{self._folder}: another run holds it, as process 0 says")
         if hosts.is_writer():

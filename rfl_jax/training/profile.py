@@ -13,11 +13,11 @@ from jax.profiler import ProfileData
 
 from rfl_jax.config import Config
 from rfl_jax.files import is_remote, write_whole
-from rfl_jax.hosts import is_writer
+from rfl_jax.hosts import Compiled, is_writer
 from rfl_jax.runs import RunFolder
 from rfl_jax.sampling.phases import PHASES
 from rfl_jax.training.progress import Progress
-from rfl_jax.training.update import Compiled, Update
+from rfl_jax.training.update import Update
 
 OTHER = "other"
 # Operators whose time is that of the operators they hold.

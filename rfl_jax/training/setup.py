@@ -27,7 +27,7 @@ from rfl_jax.training.inputs import Inputs, prepare_inputs
 from rfl_jax.training.optim import learning_rate, optimizer
 from rfl_jax.training.state import TrainState, create_state, start_from, state_places
 from rfl_jax.training.step import jit_step
-from rfl_jax.training.update import Compiled, Update
+from rfl_jax.training.update import Update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +122,7 @@ def set_up(cfg: Config, folder: RunFolder, devices: Sequence[Any] | None = None)
     inputs = prepare_inputs(cfg, folder, devices)
     mesh = inputs.mesh
     networks, params, frozen = load_networks(cfg, inputs.sources, inputs.whole_sampler.experts, mesh)
+    hosts.wait("loaded")
     networks.check_sharding(cfg, params, frozen, mesh)
     params = start_from(cfg, params)
     tx = optimizer(cfg, inputs.steps * inputs.updates_per_step)
@@ -139,7 +140,7 @@ def set_up(cfg: Config, folder: RunFolder, devices: Sequence[Any] | None = None)
     if inputs.prefix.spans:
         options = compiler_options(mesh, cfg.compiler_options)
         prefix = jit_prefix(networks, inputs.prefix, mesh, mode=cfg.noise.mode, options=options)
-    if cfg.profile.steps:
-        # Profiles need the text of the compiled programs.
-        step, prefix = Compiled(step), None if prefix is None else Compiled(prefix)
+    # Profiles need the text of the compiled programs.
+    kept = hosts.Compiled if cfg.profile.steps else hosts.together
+    step, prefix = kept(step), None if prefix is None else kept(prefix)
     return Run(cfg, inputs, networks, frozen, state, Update(mesh, step, prefix, inputs.prefix))

@@ -13,28 +13,6 @@ from rfl_jax.training.state import TrainState
 from rfl_jax.training.step import Metrics
 
 
-class Compiled:
-    """A jitted function that keeps the text of the programs it became.
-
-    Args:
-        jitted: to be called as it would be.
-    """
-
-    def __init__(self, jitted: Any) -> None:
-        self._jitted = jitted
-        self._programs: dict[Any, Any] = {}
-
-    def __call__(self, *args: Any) -> Any:
-        leaves, structure = jax.tree.flatten(args)
-        key = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-        if key not in self._programs:
-            self._programs[key] = self._jitted.lower(*args).compile()
-        return self._programs[key](*args)
-
-    def texts(self) -> list[str]:
-        return [program.as_text() for program in self._programs.values()]
-
-
 @dataclasses.dataclass(frozen=True)
 class Update:
     """The compiled programs of an update.

@@ -114,11 +114,31 @@ def test_the_scale_is_peft_and_diffusers_own(settings, want, opened, tmp_path):
         ({"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, 1.0),
         ({"ss_network_alpha": "0", "ss_network_dim": "3"}, 1.0),
         ({"lora_adapter_metadata": json.dumps({"r": 3, "lora_alpha": 6})}, 2.0),
+        ({"ss_network_alpha": "6", "ss_network_args": '{"rs_lora": "True"}'}, 6 / 3**0.5),
+        ({"ss_network_alpha": "6", "ss_network_args": '{"use_rslora": true, "conv_dim": 4}'}, 6 / 3**0.5),
+        ({"ss_network_alpha": "6", "ss_network_args": '{"rs_lora": false}'}, 2.0),
+        ({"ss_network_alpha": "6", "ss_network_args": "None"}, 2.0),
+        ({"alpha": "6", "use_rslora": "true"}, 6 / 3**0.5),
         ({"format": "pt"}, 1.0),
     ],
 )
 def test_headers_say_the_scale(metadata, want, opened):
     assert opened(pair(Q), metadata) == {Q: pytest.approx(want)}
+
+
+@pytest.mark.parametrize("flag", [{"ss_network_args": '{"rs_lora": "True"}'}, {"use_rslora": "1"}])
+def test_an_alpha_of_rank_stabilised_adapters_is_over_the_rank_or_refused(flag, opened):
+    def with_alpha(value, **metadata):
+        return opened(pair(Q) | {f"diffusion_model.{Q}.alpha": np.float32(value)}, flag | metadata)
+
+    # As LyCORIS writes it.
+    assert with_alpha(6 * 3**0.5, ss_network_alpha="6") == {Q: pytest.approx(6 / 3**0.5)}
+    with pytest.raises(UserError, match=r"q\.alpha says scale 2 .* but ss_network_alpha in the header says 3\.46"):
+        with_alpha(6, ss_network_alpha="6")
+    with pytest.raises(UserError, match=r"(rs_lora of ss_network_args|use_rslora) in the header says .*q\.alpha is"):
+        with_alpha(6)
+    with pytest.raises(UserError, match=r"lora\.safetensors: ss_network_args in the header: expected JSON"):
+        opened(pair(Q), {"ss_network_args": "rs_lora=True"})
 
 
 def test_the_settings_of_the_own_component_count(opened):

@@ -101,6 +101,20 @@ def test_other_graphs_are_refused_at_the_node_that_differs(tmp_path):
         scrfd.load(file)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, bad):
+    file = tmp_path / "det.onnx"
+    export_scrfd(SCRFD(DETECTORS["resnet"], rngs=nnx.Rngs(1)), file)
+    model = onnx.load(file)
+    weight = next(i for i in model.graph.initializer if len(i.dims) == 4)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0, 0, 1, 1] = bad
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, file)
+    with pytest.raises(UserError, match=rf"det\.onnx: {weight.name} holds NaN or infinity, expected finite numbers"):
+        scrfd.load(file)
+
+
 def test_verification_compares_with_onnx_runtime(tmp_path):
     file = tmp_path / "det.onnx"
     export_scrfd(randomised(SCRFD(DETECTORS["resnet"], rngs=nnx.Rngs(1)), 2), file, input_size=64)

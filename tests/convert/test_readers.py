@@ -223,6 +223,12 @@ def test_files_of_another_kind_are_called_by_it(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             Checkpoint([tmp_path / name])
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "model.gguf").rename(tmp_path / "gguf" / "wan2.2-Q4_K_M.gguf")
+    with pytest.raises(
+        UserError, match=r"wan2\.2-Q4_K_M\.gguf: is a GGUF file, which is not read: expected this network's"
+    ):
+        Checkpoint([tmp_path / "gguf"])
     (tmp_path / "two").mkdir()
     for name in ("models_t5.pth", "Wan2.1_VAE.pth"):
         (tmp_path / "two" / name).write_bytes(b"")

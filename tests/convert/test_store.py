@@ -17,6 +17,7 @@ from convert.__main__ import main as convert_main
 from convert.export import lazy_converted
 from convert.mapping import LazyArray, whole
 from rfl_jax.errors import UserError
+from rfl_jax.fingerprint import fingerprint
 from rfl_jax.miniature.world import ASSETS, DIT_FILES, T5_FILE, VAE_FILE
 from rfl_jax.models.weights import get_arrays
 from rfl_jax.sharding import shardings
@@ -129,6 +130,27 @@ def test_inspect_tells_origin_and_parameters(tmp_path, monkeypatch, capsys):
     assert f"{sum(x.size for x in arrays.values()):,} parameters" in shown
     with pytest.raises(UserError, match="expected weights written by python -m convert"):
         command(monkeypatch, "inspect", tmp_path)
+
+
+def test_inspect_tells_what_was_merged_by_content(tmp_path, monkeypatch, capsys):
+    tensors = load_file(DIT)
+    for name, module in (("a", "self_attn.q"), ("b", "ffn.0")):
+        out, inner = tensors[f"blocks.1.{module}.weight"].shape
+        pair = {"A": np.ones((2, inner), np.float32), "B": np.full((out, 2), 0.01, np.float32)}
+        save_file(
+            {f"transformer_2.blocks.1.{module}.lora_{half}.weight": x for half, x in pair.items()},
+            tmp_path / f"{name}.safetensors",
+        )
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    command(
+        monkeypatch, "dit", "--src", DIT, "--dst", tmp_path / "out", "--lora", f"{files[0]}:0.5", files[1], "--expert", "low"
+    )  # fmt: skip
+    capsys.readouterr()
+    command(monkeypatch, "inspect", tmp_path / "out")
+    shown = capsys.readouterr().out
+    for file, strength in zip(files, (0.5, 1.0), strict=True):
+        assert f"merged      {file} at {strength}  {fingerprint(file)}\n" in shown
+    assert "expert      low\n" in shown
 
 
 @pytest.mark.parametrize("kind", ["dit", "vae", "umt5"])

@@ -1,6 +1,5 @@
 """What must not spoil a run: numbers that are none, a second run in the folder, a full disk, a changed configuration."""
 
-import contextlib
 import dataclasses
 import errno
 import itertools
@@ -18,12 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from flax import nnx
 
 from rfl_jax.config import Config, dumps
 from rfl_jax.errors import RunError, UserError, refuse_in_one_line, storage_fault
 from rfl_jax.files import aside, write_whole
-from rfl_jax.miniature.world import ASSETS, DIT_FILES
 from rfl_jax.runs import RunFolder
 from rfl_jax.settings import settings as all_settings
 from rfl_jax.training.changes import FIXED, MAY_CHANGE, check_settings, compare_rows
@@ -31,8 +28,6 @@ from rfl_jax.training.checkpoint import Checkpoints, iterator_state
 from rfl_jax.training.lock import Lock
 from rfl_jax.training.loop import train
 from rfl_jax.training.progress import resume
-from rfl_jax.training.record import Board
-from rfl_jax.training.state import TrainState
 from tests.runs import open_run, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -166,83 +161,6 @@ def test_writers_of_one_file_leave_one_of_their_contents_whole(tmp_path):
     assert aside(file) != aside(file)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True
-    ).returncode:
-        pytest.skip("a small disk cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def test_a_full_disk_is_one_line_and_what_was_written_stays_whole(small_disk):
-    folder = RunFolder(epath.Path(small_disk))
-    key = jax.random.key(0)
-
-    def state(step):
-        weights = nnx.State({"a": jax.random.normal(jax.random.key(step), (256, 256))})
-        return TrainState(jnp.int32(step), {"dit2": weights}, {})
-
-    def save_all():
-        with Checkpoints(folder.checkpoints) as checkpoints:
-            for step in range(1, 9):
-                checkpoints.save(step, state(step), key, {"next": step})
-
-    with pytest.raises(Exception, match="space") as failure:
-        save_all()
-    assert storage_fault(failure.value).endswith(os.strerror(errno.ENOSPC))
-    assert str(folder.checkpoints) in storage_fault(failure.value)
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        latest = checkpoints.latest()
-        restored, *_ = checkpoints.restore(latest, state(0))
-    assert int(restored.step) == latest
-    # With room again the same goes on.
-    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    save_all()
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        assert checkpoints.latest() == 8
-
-    subprocess.run(["mount", "-o", "remount,size=2m", small_disk], check=True)
-    with contextlib.suppress(OSError), (small_disk / "fill").open("wb") as stream:
-        while True:
-            stream.write(bytes(4096))
-    file = small_disk / "metrics.jsonl"
-    with pytest.raises(OSError, match="No space left") as full:
-        write_whole(file, "x" * 100_000)
-    assert storage_fault(full.value) == f"{file}: No space left on device"
-    assert sorted(p.name for p in small_disk.iterdir()) == ["checkpoints", "fill"]
-    # TensorBoard's events are written here and now, and not by a thread that dies of it.
-    (small_disk / "tensorboard").mkdir()
-    board = Board(small_disk / "tensorboard", first=1)
-    with pytest.raises(OSError, match="No space left"):
-        _fill(board)
-    with contextlib.suppress(OSError):
-        board.close()
-
-
-def test_a_conversion_onto_a_full_disk_leaves_nothing_and_succeeds_with_room(small_disk):
-    def converted():
-        source, target = ASSETS / DIT_FILES["dit2"], small_disk / "dit2"
-        command = [sys.executable, "-m", "convert", "dit", "--src", str(source), "--dst", str(target)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    full = converted()
-    assert full.returncode == 1
-    assert full.stderr.count("\n") == 1
-    assert "No space left on device" in full.stderr
-    assert not list(small_disk.iterdir())
-    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    assert converted().returncode == 0
-
-
-def _fill(board):
-    while True:
-        board.add(1, [])
-
-
 def test_storage_errors_are_told_from_others(capsys):
     faults = {
         OSError(errno.EDQUOT, "Disk quota exceeded", "/data/a"): "/data/a: Disk quota exceeded",
@@ -262,27 +180,6 @@ def test_storage_errors_are_told_from_others(capsys):
         assert not storage_fault(error)
         with pytest.raises(type(error)), refuse_in_one_line("train"):
             raise error
-
-
-def test_a_bucket_that_is_away_is_tried_again(monkeypatch):
-    waited, calls = [], []
-    monkeypatch.setattr(time, "sleep", waited.append)
-
-    class Bucket(type(epath.Path("gs://bucket/x"))):
-        def write_bytes(self, data):
-            calls.append(data)
-            if len(calls) < 4:
-                raise ConnectionResetError("away")
-
-    write_whole(Bucket("gs://bucket/x"), "text")
-    assert (len(calls), len(waited)) == (4, 3)
-
-    class Closed(type(epath.Path("gs://bucket/x"))):
-        def write_bytes(self, data):
-            raise PermissionError("closed")
-
-    with pytest.raises(PermissionError):
-        write_whole(Closed("gs://bucket/x"), "text")
 
 
 def test_a_preempted_host_saves_ends_and_goes_on(tmp_path, clip_folder):
