@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from rfl_jax import hosts
 from rfl_jax.chips import answer_libtpu
-from rfl_jax.config import Config, default_text, grouped, parse
+from rfl_jax.config import Config, config_file, default_text, grouped, parse
 from rfl_jax.errors import UserError, failure, first_line, refuse_in_one_line
 from rfl_jax.files import aside
 
@@ -26,7 +26,7 @@ VALUES = {"string": "TEXT", "int": "NUMBER", "float": "NUMBER", "config object":
 def define_config() -> flags.FlagHolder:
     """The `--config=FILE[:ARG]` flag with `--config.key=value` overrides."""
     return config_flags.DEFINE_config_file(
-        "config", None, "Config file, for example configs/mini.py.", lock_config=True
+        "config", None, "Config file, or the name of one in configs/, for example mini.", lock_config=True
     )
 
 
@@ -38,7 +38,7 @@ def define_distributed() -> flags.FlagHolder:
 def load_config(holder: flags.FlagHolder) -> Config:
     """The validated configuration of the command line."""
     if holder.value is None:
-        raise UserError("--config: expected a config file, for example configs/mini.py")
+        raise UserError("--config: expected a config file, or the name of one, for example mini")
     try:
         return parse(holder.value)
     except OSError as error:  # a file that could not be read is only told when its values are asked for
@@ -63,6 +63,18 @@ def open_workdir(path: str | None) -> epath.Path:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"--workdir: {path}: not writable ({reason})") from None
     return workdir
+
+
+def _with_files(argv: list[str]) -> list[str]:
+    """The command line with the file of a config that is named alone."""
+    found = list(argv)
+    for i, word in enumerate(argv):
+        if word.startswith(("--config=", "-config=")):
+            flag, _, name = word.partition("=")
+            found[i] = f"{flag}={config_file(name)}"
+        elif word in ("--config", "-config") and i + 1 < len(argv):
+            found[i + 1] = config_file(argv[i + 1])
+    return found
 
 
 def _help(command: str, about: str) -> Iterator[str]:
@@ -104,7 +116,7 @@ def run(main: Callable[[], None], command: str) -> None:
 
     def parse_flags(argv: list[str]) -> list[str]:
         try:
-            rest = flags.FLAGS(argv)
+            rest = flags.FLAGS(_with_files(argv))
         except UserError:
             raise
         # A config file is a program: whatever it raises is its author's to read, in one line.

@@ -7,6 +7,7 @@ range and its meaning: `python -m rfl_jax.config > docs/settings.md` prints them
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import ml_collections
@@ -402,6 +403,27 @@ def plain(cfg: Config) -> dict[str, Any]:
 def default_config() -> ml_collections.ConfigDict:
     """The defaults as a ConfigDict, for config files to change."""
     return ml_collections.ConfigDict(plain(Config()))
+
+
+# Where configs are: inside the installed package, or at the top of a clone.
+FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+
+
+def config_file(text: str) -> str:
+    """The file of a config that is named alone: `mini` is `configs/mini.py`, `roll:FILE.yaml` likewise with its argument.
+    The name of a file stays what it is.
+
+    Raises:
+        UserError: there is no config of that name.
+    """
+    name, colon, argument = text.partition(":")
+    if not name.isidentifier() or Path(name).exists():
+        return text
+    for folder in FOLDERS:
+        if (folder / f"{name}.py").is_file():
+            return f"{folder / name}.py{colon}{argument}"
+    known = sorted(file.stem for folder in FOLDERS for file in folder.glob("[a-z]*.py"))
+    raise UserError(f"--config: {name}: expected a config file, or one of {', '.join(known)}")
 
 
 def parse(values: ml_collections.ConfigDict) -> Config:

@@ -7,7 +7,6 @@ import re
 import runpy
 import subprocess
 import sys
-import tomllib
 
 import pytest
 from absl import flags
@@ -23,7 +22,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 BASH = blocks("bash")
 EVERY = {" ".join(words): words for block in BASH for words in commands(block.text)}
-THEIRS = ("python3", "pip", "git", "cd", "gcloud", "kubectl", "sky", "bash")
+THEIRS = (
+    "python3",
+    "pip",
+    "git",
+    "cd",
+    "gcloud",
+    "kubectl",
+    "sky",
+    "bash",
+    "ruff",
+    "lint-imports",
+    "pyright",
+    "mkdocs",
+)
 # What makes the miniature shorter.
 SHORT = (
     *("--config.max_steps=2", "--config.train_batch_size=2", "--config.per_device_train_batch_size=2"),
@@ -78,7 +90,7 @@ def test_commands_are_parsed(command, folder, monkeypatch):
     if found := ours(words):
         read_arguments(*found, monkeypatch)
     else:
-        assert words[0].rpartition("/")[2] in THEIRS, "a program that no test knows"
+        assert words[0].rpartition("/")[2] in THEIRS or words[1:3] == ["-m", "pytest"], "a program that no test knows"
         for name in (word for word in words if word.startswith(("examples/", "requirements"))):
             assert (ROOT / name).is_file()
 
@@ -138,8 +150,3 @@ def test_the_readme_is_short_and_leads_to_files_that_are_there():
     assert text.count("\n") <= 90
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (ROOT / link).exists(), link
-
-
-def test_what_the_extras_name_is_what_the_tests_install():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert (ROOT / "requirements-test.txt").read_text().count(project["optional-dependencies"]["docs"][0]) == 1

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rfl_jax import hosts
-from rfl_jax.config import Config, parse
+from rfl_jax.config import Config, config_file, parse
 from rfl_jax.data.batching import filled, in_batches, micro_batch
 from rfl_jax.data.sizes import clip_multiple, video_size
 from rfl_jax.data.text import PromptTokenizer
@@ -263,7 +263,7 @@ def open_pipeline(
     """A pipeline with its weights on the mesh.
 
     Args:
-        config: of a run, or a config file.
+        config: of a run, or a config file, or the name of one in configs/.
         lora, step: what was trained, see `rfl_jax.sampling.trained.read_trained`.
         devices: this machine's by default.
 
@@ -285,11 +285,12 @@ def open_pipeline(
 
 
 def read_config(file: Path | str) -> Config:
-    """The configuration that a config file gives.
+    """The configuration that a config file, or the one of that name, gives.
 
     Raises:
         UserError: no such file, or a configuration that makes no sense.
     """
+    file = config_file(str(file))
     if not Path(file).is_file():
         raise UserError(f"{file}: no such file, expected a config file")
     return parse(runpy.run_path(str(file))["get_config"]())
