@@ -1,6 +1,7 @@
 """What the commands share: `--config`, `--workdir`, `--help`, and refusal in one line."""
 
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -13,9 +14,10 @@ from ml_collections import config_flags
 
 from rfl_jax import hosts
 from rfl_jax.chips import answer_libtpu
-from rfl_jax.config import Config, config_file, default_text, grouped, parse
-from rfl_jax.errors import UserError, failure, first_line, refuse_in_one_line
+from rfl_jax.config import Config, check_keys, config_file, default_text, grouped, parse
+from rfl_jax.errors import UserError, did_you_mean, failure, first_line, refuse_in_one_line
 from rfl_jax.files import aside
+from rfl_jax.terminal import BOLD, styled
 
 HELP = {"-h", "--h", "-help", "--help"}
 WIDTH = 100
@@ -83,7 +85,7 @@ def _help(command: str, about: str) -> Iterator[str]:
         # Lines to copy stay lines.
         lines = paragraph.splitlines() if paragraph.startswith("python -m") else [paragraph]
         yield "\n".join(map(_wrapped, lines)) + "\n"
-    yield f"Flags of python -m rfl_jax.{command}:"
+    yield styled(f"Flags of python -m rfl_jax.{command}:", BOLD, sys.stdout)
     modules = flags.FLAGS.flags_by_module_dict()
     for flag in (*modules.get(sys.argv[0], ()), *modules.get(__name__, ())):
         value = VALUES.get(flag.flag_type())
@@ -92,9 +94,9 @@ def _help(command: str, about: str) -> Iterator[str]:
         yield _wrapped(f"{flag.help}{default}", 6)
     if "config" not in flags.FLAGS:
         return
-    yield "\nSettings, as --config.NAME=VALUE; NAME=DEFAULT (expected):"
+    yield styled("\nSettings, as --config.NAME=VALUE; NAME=DEFAULT (expected):", BOLD, sys.stdout)
     for title, meaning, group in grouped():
-        yield f"\n{_wrapped(f'{title}: {meaning}')}"
+        yield "\n" + styled(_wrapped(f"{title}: {meaning}"), BOLD, sys.stdout)
         for item in group:
             yield _wrapped(f"{item.key}={default_text(item)} ({item.expected})", 2)
             yield _wrapped(item.meaning, 6)
@@ -116,9 +118,16 @@ def run(main: Callable[[], None], command: str) -> None:
 
     def parse_flags(argv: list[str]) -> list[str]:
         try:
+            if "config" in flags.FLAGS:
+                check_keys(found[1] for word in argv if (found := re.match(r"--?config\.([\w.]+)(?:=|$)", word)))
             rest = flags.FLAGS(_with_files(argv))
         except UserError:
             raise
+        except flags.UnrecognizedFlagError as error:
+            flag = f"--{error.flagname}"
+            raise UserError(
+                f"{flag}: unknown flag{did_you_mean(flag, (f'--{name}' for name in flags.FLAGS))}"
+            ) from None
         # A config file is a program: whatever it raises is its author's to read, in one line.
         except Exception as error:
             raise UserError(first_line(error)) from None

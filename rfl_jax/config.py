@@ -6,14 +6,14 @@ range and its meaning: `python -m rfl_jax.config > docs/settings.md` prints them
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import ml_collections
 
 from rfl_jax import remat
-from rfl_jax.errors import UserError
+from rfl_jax.errors import UserError, did_you_mean
 from rfl_jax.models.lora import TARGETS
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.rewards.detect import COMPATS
@@ -423,7 +423,24 @@ def config_file(text: str) -> str:
         if (folder / f"{name}.py").is_file():
             return f"{folder / name}.py{colon}{argument}"
     known = sorted(file.stem for folder in FOLDERS for file in folder.glob("[a-z]*.py"))
-    raise UserError(f"--config: {name}: expected a config file, or one of {', '.join(known)}")
+    near = did_you_mean(name, known) or f", or one of {', '.join(known)}"
+    raise UserError(f"--config: {name}: expected a config file{near}")
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Refuses dotted keys that name no setting, before a config is asked for them.
+
+    Raises:
+        UserError: naming all of them, each with the nearest setting.
+    """
+    known = [*(item.key for item in settings(Config)), *sections(Config)]
+    unknown = [
+        f"config.{key}: unknown setting{did_you_mean(key, known, 'config.') or ', --help lists all'}"
+        for key in keys
+        if key not in known
+    ]
+    if unknown:
+        raise UserError("; ".join(unknown))
 
 
 def parse(values: ml_collections.ConfigDict) -> Config:

@@ -39,6 +39,7 @@ from rfl_jax.sampling.solvers import make_solver
 from rfl_jax.sampling.trained import add_trained, read_trained
 from rfl_jax.sharding import BATCH, batch_shards, make_mesh, replicated
 from rfl_jax.sources import Sources, experts_of, find_sources
+from rfl_jax.terminal import waiting
 
 
 def start_latents(seed: int, shape: Sequence[int]) -> np.ndarray:
@@ -276,11 +277,12 @@ def open_pipeline(
     mesh = make_mesh(dataclasses.asdict(cfg.mesh), devices)
     trained = read_trained(cfg, lora, step)
     graphs, weights = {}, {}
-    for name in ("dit", "dit2", "vae"):
-        if files := sources.files(name):
-            module = open_network(cfg, name, files, "sample", None if name == "vae" else mesh)
-            module = add_trained(module, trained.get(name, {}))
-            graphs[name], weights[name] = split_placed(cfg, name, module, mesh)
+    with waiting("read the weights", show=hosts.is_writer()):
+        for name in ("dit", "dit2", "vae"):
+            if files := sources.files(name):
+                module = open_network(cfg, name, files, "sample", None if name == "vae" else mesh)
+                module = add_trained(module, trained.get(name, {}))
+                graphs[name], weights[name] = split_placed(cfg, name, module, mesh)
     return Pipeline(cfg, sources, mesh, Networks(graphs, {}, ()), weights, trained.get("text_encoder", {}))
 
 
