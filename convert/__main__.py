@@ -27,6 +27,7 @@ from rfl_jax.chips import answer_libtpu
 from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.fetch import fetch
 from rfl_jax.files import is_remote
+from rfl_jax.terminal import command_line, tell_next
 
 INTERRUPTED = 130
 
@@ -127,6 +128,7 @@ def _convert(args: argparse.Namespace) -> None:
         for line in verify.compare(args.command, files, args.dst):
             print(line)
     print(f"{args.dst}: {len(arrays)} arrays, {store.count(arrays):,} parameters")
+    tell_next(command_line("convert", ["inspect", args.dst]))
 
 
 def _interrupted(*_: Any) -> NoReturn:
@@ -146,6 +148,7 @@ def _convert_lora(args: argparse.Namespace) -> None:
     cfg, arrays = adapters.convert(files[0], settings.get("preset", ""), EXPERT_OPTIONS.get(args.expert, ""))
     store.save(args.dst, "lora", cfg, arrays, origin=origin.of_sources(args.src, files, "float32", expert=args.expert))
     print(f"{args.dst}: {len(arrays) // 2} adapted layers of {cfg.preset}, rank {cfg.rank}")
+    tell_next(command_line("rfl_jax.train", ["--config=CONFIG", "--workdir=DIR", f"--config.init_lora={args.dst}"]))
 
 
 def _remove_unfinished(directory: str) -> None:

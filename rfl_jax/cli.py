@@ -1,6 +1,7 @@
 """What the commands share: `--config`, `--workdir`, `--help`, and refusal in one line."""
 
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -14,10 +15,11 @@ from ml_collections import config_flags
 
 from rfl_jax import hosts
 from rfl_jax.chips import answer_libtpu
-from rfl_jax.config import Config, default_text, grouped, parse
-from rfl_jax.errors import UserError, failure, first_line, is_full, refuse_in_one_line
+from rfl_jax.config import Config, check_keys, config_file, default_text, grouped, parse
+from rfl_jax.errors import UserError, did_you_mean, failure, first_line, is_full, refuse_in_one_line
 from rfl_jax.files import aside
 from rfl_jax.programs import keep_compiled_programs
+from rfl_jax.terminal import BOLD, styled
 
 HELP = {"-h", "--h", "-help", "--help"}
 WIDTH = 100
@@ -30,7 +32,7 @@ VALUES = {"string": "TEXT", "int": "NUMBER", "float": "NUMBER", "config object":
 def define_config() -> flags.FlagHolder:
     """The `--config=FILE[:ARG]` flag with `--config.key=value` overrides."""
     return config_flags.DEFINE_config_file(
-        "config", None, "Config file, for example configs/mini.py.", lock_config=True
+        "config", None, "Config file, or the name of one in configs/, for example mini.", lock_config=True
     )
 
 
@@ -42,7 +44,7 @@ def define_distributed() -> flags.FlagHolder:
 def load_config(holder: flags.FlagHolder) -> Config:
     """The validated configuration of the command line."""
     if holder.value is None:
-        raise UserError("--config: expected a config file, for example configs/mini.py")
+        raise UserError("--config: expected a config file, or the name of one, for example mini")
     try:
         return parse(holder.value)
     except OSError as error:  # a file that could not be read is only told when its values are asked for
@@ -71,13 +73,25 @@ def open_workdir(path: str | None) -> epath.Path:
     return workdir
 
 
+def _with_files(argv: list[str]) -> list[str]:
+    """The command line with the file of a config that is named alone."""
+    found = list(argv)
+    for i, word in enumerate(argv):
+        if word.startswith(("--config=", "-config=")):
+            flag, _, name = word.partition("=")
+            found[i] = f"{flag}={config_file(name)}"
+        elif word in ("--config", "-config") and i + 1 < len(argv):
+            found[i + 1] = config_file(argv[i + 1])
+    return found
+
+
 def _help(command: str, about: str) -> Iterator[str]:
     """Lines that tell what a command does, its flags, and the settings of `--config` where it has that flag."""
     for paragraph in about.strip().split("\n\n"):
         # Lines to copy stay lines.
         lines = paragraph.splitlines() if paragraph.startswith("python -m") else [paragraph]
         yield "\n".join(map(_wrapped, lines)) + "\n"
-    yield f"Flags of python -m rfl_jax.{command}:"
+    yield styled(f"Flags of python -m rfl_jax.{command}:", BOLD, sys.stdout)
     modules = flags.FLAGS.flags_by_module_dict()
     for flag in (*modules.get(sys.argv[0], ()), *modules.get(__name__, ())):
         value = VALUES.get(flag.flag_type())
@@ -86,9 +100,9 @@ def _help(command: str, about: str) -> Iterator[str]:
         yield _wrapped(f"{flag.help}{default}", 6)
     if "config" not in flags.FLAGS:
         return
-    yield "\nSettings, as --config.NAME=VALUE; NAME=DEFAULT (expected):"
+    yield styled("\nSettings, as --config.NAME=VALUE; NAME=DEFAULT (expected):", BOLD, sys.stdout)
     for title, meaning, group in grouped():
-        yield f"\n{_wrapped(f'{title}: {meaning}')}"
+        yield "\n" + styled(_wrapped(f"{title}: {meaning}"), BOLD, sys.stdout)
         for item in group:
             yield _wrapped(f"{item.key}={default_text(item)} ({item.expected})", 2)
             yield _wrapped(item.meaning, 6)
@@ -110,9 +124,16 @@ def run(main: Callable[[], None], command: str) -> None:
 
     def parse_flags(argv: list[str]) -> list[str]:
         try:
-            rest = flags.FLAGS(argv)
+            if "config" in flags.FLAGS:
+                check_keys(found[1] for word in argv if (found := re.match(r"--?config\.([\w.]+)(?:=|$)", word)))
+            rest = flags.FLAGS(_with_files(argv))
         except UserError:
             raise
+        except flags.UnrecognizedFlagError as error:
+            flag = f"--{error.flagname}"
+            raise UserError(
+                f"{flag}: unknown flag{did_you_mean(flag, (f'--{name}' for name in flags.FLAGS))}"
+            ) from None
         # A config file is a program: whatever it raises is its author's to read, in one line.
         except Exception as error:
             raise UserError(first_line(error)) from None

@@ -6,13 +6,14 @@ range and its meaning: `python -m rfl_jax.config > docs/settings.md` prints them
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import ml_collections
 
 from rfl_jax import remat
-from rfl_jax.errors import UserError
+from rfl_jax.errors import UserError, did_you_mean
 from rfl_jax.models.lora import TARGETS
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.rewards.detect import COMPATS
@@ -406,6 +407,44 @@ def plain(cfg: Config) -> dict[str, Any]:
 def default_config() -> ml_collections.ConfigDict:
     """The defaults as a ConfigDict, for config files to change."""
     return ml_collections.ConfigDict(plain(Config()))
+
+
+# Where configs are: inside the installed package, or at the top of a clone.
+FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+
+
+def config_file(text: str) -> str:
+    """The file of a config that is named alone: `mini` is `configs/mini.py`, `roll:FILE.yaml` likewise with its argument.
+    The name of a file stays what it is.
+
+    Raises:
+        UserError: there is no config of that name.
+    """
+    name, colon, argument = text.partition(":")
+    if not name.isidentifier() or Path(name).exists():
+        return text
+    for folder in FOLDERS:
+        if (folder / f"{name}.py").is_file():
+            return f"{folder / name}.py{colon}{argument}"
+    known = sorted(file.stem for folder in FOLDERS for file in folder.glob("[a-z]*.py"))
+    near = did_you_mean(name, known) or f", or one of {', '.join(known)}"
+    raise UserError(f"--config: {name}: expected a config file{near}")
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Refuses dotted keys that name no setting, before a config is asked for them.
+
+    Raises:
+        UserError: naming all of them, each with the nearest setting.
+    """
+    known = [*(item.key for item in settings(Config)), *sections(Config)]
+    unknown = [
+        f"config.{key}: unknown setting{did_you_mean(key, known, 'config.') or ', --help lists all'}"
+        for key in keys
+        if key not in known
+    ]
+    if unknown:
+        raise UserError("; ".join(unknown))
 
 
 def parse(values: ml_collections.ConfigDict) -> Config:

@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -85,11 +86,42 @@ def failure(error: BaseException) -> str:
     return " ".join(line.split())
 
 
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a refusal that names the nearest of what is known; empty if nothing is near."""
+    names = list(known)
+    # A group may be missing, or one too many: then the last part decides.
+    lasts = {one.rpartition(".")[2]: one for one in names}
+    near = difflib.get_close_matches(name, names, 1)
+    near = near or [lasts[last] for last in difflib.get_close_matches(name.rpartition(".")[2], lasts, 1)]
+    return f", did you mean {prefix}{near[0]}?" if near else ""
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """Refuses arguments by `UserError`."""
+    """Refuses arguments by `UserError`, with the nearest of those that it takes."""
+
+    has_commands = False
+
+    def add_subparsers(self, **options: Any) -> Any:
+        self.has_commands = True
+        return super().add_subparsers(**options)
+
+    # The overloads that are declared for it are one function.
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
+        # What belongs to a command is its own parser's to judge.
+        words = () if self.has_commands else sys.argv[1:] if args is None else args
+        options = re.findall(r"--\w[\w-]*", self.format_help())
+        for word in words:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag[2:] and not any(option.startswith(flag) for option in options):
+                self.error(f"{flag}: unknown flag{did_you_mean(flag, options)}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        chosen = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        near = did_you_mean(chosen[1], re.findall(r"[\w.-]+", chosen[2])) if chosen else ""
+        raise UserError(message + near)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from rfl_jax.errors import UserError
 from rfl_jax.evaluation.evaluate import evaluate, show
 from rfl_jax.hosts import is_writer
 from rfl_jax.runs import BEST, RunFolder, find_checkpoint
+from rfl_jax.terminal import command_line, tell_next
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.setup import set_up
 
@@ -37,7 +38,7 @@ def main() -> None:
     if is_writer():
         show(result)
         print(f"written: {folder.evaluation}, {folder.evaluation_files}/")
-        print(f"next: python -m rfl_jax.report {folder} -o report.html")
+        tell_next(command_line("rfl_jax.report", [str(folder), "-o", "report.html"]))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from rfl_jax.files import write_whole
 from rfl_jax.models.lora import is_adapters
 from rfl_jax.runs import RunFolder, find_checkpoint, read_network, trained_networks
 from rfl_jax.sources import experts_of, find_sources
+from rfl_jax.terminal import command_line, tell_next
 
 NETWORKS = ("dit", "dit2")
 
@@ -127,8 +128,12 @@ def main() -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     if args.merged:
         _write_merged(trained, file, args.format, args.dtype)
+        source = str(file) if file.exists() else f"{file}.index.json"
+        tell_next(command_line("convert", ["dit", "--src", source, "--dst", str(file.with_suffix(""))]))
     else:
         _write_adapters(trained, file, args.format)
+        preset = [f"--config={trained.config['preset']}", f"--lora={trained.network}={file}"]
+        tell_next(command_line("rfl_jax.sample", [*preset, "--image=FACE.png", "--prompt=TEXT", "--out=video.mp4"]))
 
 
 def _write_adapters(trained: Trained, file: Path, kind: str) -> None:

@@ -19,6 +19,7 @@ from rfl_jax.errors import UserError
 from rfl_jax.planning.abstract import make_plan, on_devices
 from rfl_jax.planning.compile import Report, compile_plan
 from rfl_jax.planning.search import Tried, walk
+from rfl_jax.terminal import command_line, tell_next
 
 
 def as_json(cfg: Config, report: Report, topology: str) -> dict[str, Any]:
@@ -96,6 +97,11 @@ def main() -> None:
             print(f"{'fastest that fits' if _SEARCH.value else 'fits with':20s}{change}")
         if best is None:
             print(f"{'fits with':20s}none of {len(tried)} variants")
+        else:
+            # What fits comes last, and so counts.
+            others = ("--topology", "-topology", "--search", "-search")
+            kept = [word for word in sys.argv[1:] if word.partition("=")[0] not in others and word != topology]
+            tell_next(command_line("rfl_jax.train", [*kept, *_changes(best.changes), "--workdir=DIR"]))
     sys.exit(0 if shown.report.fits else 1)
 
 
@@ -105,8 +111,12 @@ def _outcome(report: Report) -> str:
     return "does not fit" if report.compile_s else f"does not fit, needs {(report.needed or 0) / GIB:.1f} GiB at least"
 
 
+def _changes(changed: dict[str, Any]) -> list[str]:
+    return [f"--config.{key}={value}" for key, value in changed.items()]
+
+
 def _flags(changed: dict[str, Any]) -> str:
-    return " ".join(f"--config.{key}={value}" for key, value in changed.items())
+    return " ".join(_changes(changed))
 
 
 if __name__ == "__main__":

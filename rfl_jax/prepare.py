@@ -3,10 +3,14 @@
 Training does the same before its first step; clips that are prepared already are taken from the cache.
 """
 
+import sys
+
 from absl import flags
 
 from rfl_jax import cli
+from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
+from rfl_jax.terminal import command_line, tell_next
 from rfl_jax.training.inputs import cache_of, prepare_inputs
 
 
@@ -14,7 +18,9 @@ def main() -> None:
     cfg = cli.load_config(_CONFIG)
     folder = RunFolder(cli.open_workdir(_WORKDIR.value))
     clips = prepare_inputs(cfg, folder).clips
-    print(f"{len(clips.training)} clips, {len(clips.held_out)} held out, in {cache_of(cfg, folder)}")
+    if is_writer():
+        print(f"{len(clips.training)} clips, {len(clips.held_out)} held out, in {cache_of(cfg, folder)}")
+        tell_next(command_line("rfl_jax.train", sys.argv[1:]))
 
 
 if __name__ == "__main__":

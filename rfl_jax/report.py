@@ -13,6 +13,7 @@ from rfl_jax.files import write_whole
 from rfl_jax.reporting.collect import read_run
 from rfl_jax.reporting.page import render
 from rfl_jax.runs import RunFolder
+from rfl_jax.terminal import command_line, tell_next
 
 
 def main() -> None:
@@ -30,12 +31,19 @@ def main() -> None:
     out = epath.Path(args.out)
     if out.is_dir():
         raise UserError(f"--out: {out}: is a folder, expected a file")
-    page = render(read_run(RunFolder(epath.Path(args.run))), most=args.gallery)
+    run = read_run(RunFolder(epath.Path(args.run)))
+    page = render(run, most=args.gallery)
     try:
         write_whole(out, page)
     except OSError as error:
         raise UserError(f"--out: {out}: cannot be written ({error.strerror or error})") from None
     print(f"{out}: {len(page.encode()) / 1e6:.1f} MB")
+    if run.evaluation:
+        tell_next(command_line("rfl_jax.export", ["--workdir", args.run, "--dst", "lora.safetensors"]))
+    elif run.steps >= run.total > 0:
+        tell_next(command_line("rfl_jax.evaluate", [f"--workdir={args.run}", "--data=HELD_OUT.csv"]))
+    else:  # it still trains
+        tell_next(command_line("rfl_jax.report", [args.run, "-o", args.out]))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
 from rfl_jax.sampling.options import Options, Request, options_of
 from rfl_jax.sampling.pipeline import open_pipeline
+from rfl_jax.terminal import command_line, tell_next
 
 FPS = 16  # of the published checkpoints' clips (Wan2.2 `sample_fps`); the 5B's are 24
 
@@ -105,6 +106,9 @@ def main() -> None:
         if is_writer():
             write_video(file, video, fps=_FPS.value)
             print(f"{file}: {video.shape[0]} frames of {video.shape[2]}x{video.shape[1]}")
+    if is_writer() and _LORA.value and RunFolder(epath.Path(_LORA.value)).exists():
+        step = ["--step", _STEP.value] if _STEP.value else []
+        tell_next(command_line("rfl_jax.export", ["--workdir", _LORA.value, *step, "--dst", "lora.safetensors"]))
 
 
 def _options(cfg: Config) -> Options:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints, runtime_checkable
 
+from rfl_jax.errors import did_you_mean
+
 Number = int | float
 Names = tuple[str, ...]  # at the edge separated by commas
 StepRange = tuple[int, int] | None  # first and last, at the edge 3-5 or 3; None: empty text
@@ -265,7 +267,7 @@ def build(kind: type[T], values: dict[str, Any], prefix: str = "") -> tuple[T, d
     own, nested = own_settings(kind), sections(kind)
     fields: dict[str, Any] = {}
     faults: dict[str, str] = {}
-    unknown = f"unknown key, expected one of {', '.join(sorted({*own, *nested}))}"
+    listed = f", expected one of {', '.join(sorted({*own, *nested}))}"
     for name, value in values.items():
         key = prefix + name
         if name in own:
@@ -274,7 +276,10 @@ def build(kind: type[T], values: dict[str, Any], prefix: str = "") -> tuple[T, d
             except ValueError as error:
                 faults[key] = str(error)
         elif name not in nested:
-            faults[key], unknown = unknown, "unknown key"
+            if near := did_you_mean(name, {*own, *nested}, prefix):
+                faults[key] = f"unknown key{near}"
+            else:  # the list once
+                faults[key], listed = f"unknown key{listed}", ""
         elif isinstance(value, dict):
             fields[name], inner = build(nested[name], value, f"{key}.")
             faults |= inner

@@ -9,6 +9,7 @@ from rfl_jax.config import Config
 from rfl_jax.evaluation.evaluate import evaluate, show
 from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
+from rfl_jax.terminal import RED, command_line, styled, tell_next
 from rfl_jax.training.changes import check_settings
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.lock import Lock
@@ -51,13 +52,13 @@ def _train(cfg: Config, folder: RunFolder, lock: Lock) -> None:
     if trained.validation:
         for entry in trained.validation.entries:
             if entry["alarm"]:
-                print(f"ALARM at step {entry['step']}: {entry['alarm']}")
+                print(styled(f"ALARM at step {entry['step']}: {entry['alarm']}", RED, sys.stdout))
         if trained.validation.best_step is not None:
             print(f"best validation: step {trained.validation.best_step} ({folder.best}/, --step=best)")
     for file in files:
         print(f"adapters: {file}")
     print(f"run: {folder} (metrics.jsonl, samples/, checkpoints/{', evaluation.json' if result else ''})")
-    print(f"next: python -m rfl_jax.report {folder} -o report.html")
+    tell_next(command_line("rfl_jax.report", [str(folder), "-o", "report.html"]))
 
 
 if __name__ == "__main__":

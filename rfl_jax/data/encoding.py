@@ -12,12 +12,14 @@ from flax import nnx
 from rfl_jax.config import Config
 from rfl_jax.data.cache import ClipArrays
 from rfl_jax.data.text import PromptTokenizer
+from rfl_jax.hosts import is_writer
 from rfl_jax.models.wan.conditioning import conditioning_of
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.networks.check import check_trainable
 from rfl_jax.networks.faces import open_judge, open_reward
 from rfl_jax.networks.table import open_network
 from rfl_jax.sources import Sources
+from rfl_jax.terminal import waiting
 
 
 class ClipEncoder:
@@ -49,7 +51,9 @@ class ClipEncoder:
             frames have a face.
         """
         ids, mask = self.tokenizer([prompt])
-        arrays = {name: np.asarray(x.astype(jnp.float32)) for name, x in self._encode(video, ids, mask).items()}
+        first = "_encode" not in vars(self)
+        with waiting("read text encoder, VAE and face networks, and compile them", show=first and is_writer()):
+            arrays = {name: np.asarray(x.astype(jnp.float32)) for name, x in self._encode(video, ids, mask).items()}
         return {"ids": ids[0], "mask": mask[0], **arrays}
 
     @functools.cached_property

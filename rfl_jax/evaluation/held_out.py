@@ -24,6 +24,7 @@ from rfl_jax.rewards.face import FaceReward, Score, cosine_with_pool, usable_poo
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
 from rfl_jax.sharding import replicated
+from rfl_jax.terminal import waiting
 
 # Folded into the run's key, so that no clip is judged on a noise it was trained on.
 EVALUATION = 0x5EED
@@ -101,7 +102,9 @@ class HeldOut:
             arrays["prefix"] = np.stack([self.clips[i].load_prefix(0) for i in rows])
         arrays["clip"] = np.array(rows, np.int32)
         batch = self._batches.place(arrays)
-        with jax.set_mesh(self._batches.mesh):
+        first = "_sample" not in vars(self)
+        compiles = waiting("compile the judging of held-out clips", show=first and hosts.is_writer())
+        with compiles, jax.set_mesh(self._batches.mesh):
             video, score, judged = self._sample(params, self._frozen, self._judge, batch, self._key)
         return _scored(np.asarray(video), score, judged)[: len(numbers)]
 

@@ -18,6 +18,7 @@ from rfl_jax.planning.abstract import Plan, bytes_per_device
 from rfl_jax.planning.hlo import Traffic, collectives
 from rfl_jax.rewards.arcface import CROP, IResNet
 from rfl_jax.rewards.scrfd import SCRFD
+from rfl_jax.terminal import waiting
 from rfl_jax.training.flops import dit_flops, forward_passes
 
 # Least effort of the scheduler: a third of the time and memory to compile, and the same memory figures.
@@ -97,7 +98,7 @@ def compile_plan(cfg: Config, plan: Plan, *, least: int = 0) -> Report:
         programs, peak, needed = [], None, float(least)
     try:
         for program, args in programs:
-            with jax.set_mesh(mesh):
+            with waiting(f"compile for {plan.samples} samples and the policy {cfg.policy}"), jax.set_mesh(mesh):
                 options: Any = EFFORT if tpu else None
                 compiled = program.lower(*args).compile(compiler_options=options)
             memory = compiled.memory_analysis()

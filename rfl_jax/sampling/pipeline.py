@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rfl_jax import hosts
-from rfl_jax.config import Config, parse
+from rfl_jax.config import Config, config_file, parse
 from rfl_jax.data.batching import filled, in_batches, micro_batch
 from rfl_jax.data.sizes import clip_multiple, video_size
 from rfl_jax.data.text import PromptTokenizer
@@ -39,6 +39,7 @@ from rfl_jax.sampling.solvers import make_solver
 from rfl_jax.sampling.trained import add_trained, read_trained
 from rfl_jax.sharding import BATCH, batch_shards, make_mesh, replicated
 from rfl_jax.sources import Sources, experts_of, find_sources
+from rfl_jax.terminal import waiting
 
 
 def start_latents(seed: int, shape: Sequence[int]) -> np.ndarray:
@@ -263,7 +264,7 @@ def open_pipeline(
     """A pipeline with its weights on the mesh.
 
     Args:
-        config: of a run, or a config file.
+        config: of a run, or a config file, or the name of one in configs/.
         lora, step: what was trained, see `rfl_jax.sampling.trained.read_trained`.
         devices: this machine's by default.
 
@@ -276,20 +277,22 @@ def open_pipeline(
     mesh = make_mesh(dataclasses.asdict(cfg.mesh), devices)
     trained = read_trained(cfg, lora, step)
     graphs, weights = {}, {}
-    for name in ("dit", "dit2", "vae"):
-        if files := sources.files(name):
-            module = open_network(cfg, name, files, "sample", None if name == "vae" else mesh)
-            module = add_trained(module, trained.get(name, {}))
-            graphs[name], weights[name] = split_placed(cfg, name, module, mesh)
+    with waiting("read the weights", show=hosts.is_writer()):
+        for name in ("dit", "dit2", "vae"):
+            if files := sources.files(name):
+                module = open_network(cfg, name, files, "sample", None if name == "vae" else mesh)
+                module = add_trained(module, trained.get(name, {}))
+                graphs[name], weights[name] = split_placed(cfg, name, module, mesh)
     return Pipeline(cfg, sources, mesh, Networks(graphs, {}, ()), weights, trained.get("text_encoder", {}))
 
 
 def read_config(file: Path | str) -> Config:
-    """The configuration that a config file gives.
+    """The configuration that a config file, or the one of that name, gives.
 
     Raises:
         UserError: no such file, or a configuration that makes no sense.
     """
+    file = config_file(str(file))
     if not Path(file).is_file():
         raise UserError(f"{file}: no such file, expected a config file")
     return parse(runpy.run_path(str(file))["get_config"]())

@@ -16,6 +16,7 @@ from rfl_jax.errors import RunError
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
+from rfl_jax.terminal import waiting
 from rfl_jax.training.about import describe
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.finite import checked_names, first_not_finite
@@ -85,7 +86,9 @@ def train(run: Run, folder: RunFolder, lock: Lock | None = None) -> Trained:
         while not ended():
             for hook in hooks:
                 hook.before(progress.step + 1)
-            line, video, not_finite = take_step(run, progress)
+            compiles = waiting("compile the step and take it", show=is_writer() and progress.step == begun)
+            with compiles:
+                line, video, not_finite = take_step(run, progress)
             if progress.bad_steps >= cfg.max_bad_steps:
                 record.write(line)
                 raise RunError(_blown_up(run, progress, not_finite, checkpoints.latest()))

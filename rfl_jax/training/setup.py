@@ -22,6 +22,7 @@ from rfl_jax.sampling.prefix import jit_prefix
 from rfl_jax.sampling.sampler import different_noises
 from rfl_jax.sharding import BATCH, batch_shards
 from rfl_jax.sources import Sources
+from rfl_jax.terminal import waiting
 from rfl_jax.training.finite import first_not_finite
 from rfl_jax.training.inputs import Inputs, prepare_inputs
 from rfl_jax.training.optim import learning_rate, optimizer
@@ -121,7 +122,8 @@ def set_up(cfg: Config, folder: RunFolder, devices: Sequence[Any] | None = None)
     """
     inputs = prepare_inputs(cfg, folder, devices)
     mesh = inputs.mesh
-    networks, params, frozen = load_networks(cfg, inputs.sources, inputs.whole_sampler.experts, mesh)
+    with waiting("read the weights", show=hosts.is_writer()):
+        networks, params, frozen = load_networks(cfg, inputs.sources, inputs.whole_sampler.experts, mesh)
     hosts.wait("loaded")
     networks.check_sharding(cfg, params, frozen, mesh)
     params = start_from(cfg, params)

@@ -1,6 +1,7 @@
 """Held-out clips judged while training runs: the best checkpoint, when to stop, and the alarm when the reward is hacked."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
 from rfl_jax.networks.parts import States
 from rfl_jax.runs import RunFolder
+from rfl_jax.terminal import RED, styled
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.progress import Progress
 
@@ -131,7 +133,7 @@ class Validation:
         shown = "  ".join(f"{name} {measures[name]:.4f}" for name in VALIDATED)
         self._note(f"step {progress.step}: held-out clips: {shown}")
         if warning:
-            self._note(f"ALARM at step {progress.step}: {warning}")
+            self._note(styled(f"ALARM at step {progress.step}: {warning}", RED, sys.stderr))
         return {f"eval_{name}": measures[name] for name in VALIDATED} | {"alarm": warning}
 
     def _measure(self, params: States) -> dict[str, float]:
