@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.our_side import OurSide
+from benchmarks.sides import ACTIONS
 from benchmarks.torch_step import check
 from rfl_jax.errors import RunError
 from tests.runs import open_run
@@ -61,10 +62,12 @@ def test_without_torch_one_line_says_what_to_install():
 
 
 @pytest.mark.slow
-def test_the_command_prints_both_sides_phase_by_phase():
+@pytest.mark.parametrize("what", ACTIONS)
+def test_the_command_prints_both_sides_action_by_action(what):
     pytest.importorskip("torch")
-    done = run("--batch=1", "--steps=1", "--modes=eager", "--check", "--phases")
+    phases = ["--phases"] if what == "step" else []
+    done = run(f"--what={what}", "--batch=1", "--steps=1", "--modes=eager", "--check", *phases)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 3 + 7
-    assert "torch eager differs by prefix" in done.stdout
+    assert [row for row in rows if row.removesuffix(", s") in ACTIONS[what]] == [f"{name}, s" for name in ACTIONS[what]]
+    assert done.stdout.splitlines()[-1].startswith("torch eager differs by ")
