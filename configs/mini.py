@@ -12,11 +12,16 @@ from rfl_jax.miniature.world import FRAMES, SIZE, asset_paths, judge_path
 
 
 def get_config() -> ConfigDict:
+    return miniature(str(clips("train")), str(clips("held_out")))
+
+
+def miniature(training: str, held_out: str) -> ConfigDict:
+    """The settings with these csv files of clips; an empty `held_out`: no evaluation."""
     config = default_config()
     config.update(asset_paths())
     config.preset = "mini"
     config.dtype = "float32"
-    config.file_name = str(clips("train"))
+    config.file_name = training
     config.train_batch_size = config.per_device_train_batch_size = 8
     config.max_steps = 40
     config.learning_rate = 2e-3
@@ -30,7 +35,7 @@ def get_config() -> ConfigDict:
     config.reward.detector_size = SIZE
     config.data.num_frames = FRAMES
     config.data.max_pixels = SIZE * SIZE
-    config.eval.file_name = str(clips("held_out"))
+    config.eval.file_name = held_out
     config.eval.judge_model_path = judge_path()
     config.eval.num_samples = config.eval.validation_samples = 24
     return config

@@ -40,14 +40,14 @@ def clips(split: str, folder: Path | str | None = None) -> Path:
     return done / "metadata.csv"
 
 
-def draw_clips(folder: Path, count: int, seed: int) -> None:
-    """Writes `count` clips of different people with their metadata.csv."""
+def draw_clips(folder: Path, count: int, seed: int, frames: int = FRAMES, size: int = SIZE) -> None:
+    """Writes `count` clips of different people, `size` pixels wide and high, with their metadata.csv."""
     folder.mkdir(parents=True)
-    draw = jax.jit(lambda scene: render(scene, SIZE))
+    draw = jax.jit(lambda scene: render(scene, size))
     rows = []
     for i in tqdm(range(count), desc="drawing clips", disable=None):
         k1, k2 = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
-        scene = sample_scene(k2, sample_identity(k1, 1), FRAMES)
+        scene = sample_scene(k2, sample_identity(k1, 1), frames)
         name = f"clip_{i:03d}.mp4"
         write_video(folder / name, to_uint8(np.asarray(draw(scene)[0])), fps=8)
         rows.append((name, prompt([int(w) for w in scene.words[0]])))
