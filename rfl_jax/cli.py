@@ -149,6 +149,8 @@ def run(main: Callable[[], None], command: str) -> None:
             main()
         except jax.errors.JaxRuntimeError as error:
             line = first_line(error)[:160]
+            if "compile option" in line or "While setting option" in line:
+                raise UserError(f"config.compiler_options: {line}") from None
             if "RESOURCE_EXHAUSTED" in line:
                 reason = f"out of memory ({line}); python -m rfl_jax.plan says what takes it, and what would fit"
             # What a collective says when its other end is gone depends on the transport; these are no such thing.

@@ -1,6 +1,7 @@
 """Convolutions, channels last."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def conv2d(
 ) -> Float[Array, "*b h2 w2 c2"]:
     """2-D convolution over the last three axes (h, w, c); all leading axes are batch. `c_in` is c / groups."""
     lead = x.shape[:-3]
-    y = _conv2d(x.reshape(-1, *x.shape[-3:]), kernel, stride, padding, groups)
+    y: Any = _conv2d(x.reshape(-1, *x.shape[-3:]), kernel, stride, padding, groups)
     return y.reshape(*lead, *y.shape[1:])
 
 

@@ -67,7 +67,7 @@ def flash_attention(q: Rows, k: Keys, v: Keys, *, tiles: Tiles, interpret: bool 
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, -d % LANES)))
 
     q = q * jnp.asarray(d**-0.5 * LOG2_E, q.dtype)
-    out = _attend(padded(q, queries), padded(k, keys), padded(v, keys), _Cut(tiles, s, interpret))
+    out: Any = _attend(padded(q, queries), padded(k, keys), padded(v, keys), _Cut(tiles, s, interpret))
     return out[:, :n, :d]
 
 
