@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x
 _SOLID = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 # The accelerator types one orders: v5p is counted in cores, two a chip, the others in chips.
 ACCELERATOR_TYPES = {
-    **{f"v5e-{chips}": f"v5e:{shape}" for chips, shape in _FLAT.items()},
+    **{f"{name}-{chips}": f"v5e:{shape}" for chips, shape in _FLAT.items() for name in ("v5e", "v5litepod")},
     **{f"v6e-{chips}": f"v6e:{shape}" for chips, shape in _FLAT.items()},
     **{f"v5p-{2 * chips}": f"v5p:{shape}" for chips, shape in _SOLID.items()},
     **{f"{name}-{chips}": f"tpu7x:{shape}" for chips, shape in _SOLID.items() for name in ("tpu7x", "v7x")},
@@ -117,6 +118,10 @@ def devices_of(name: str) -> Sequence[Any]:
     """
     if name == "local":
         return jax.devices()
+    if re.match(r"v[234][-:]", name):
+        raise UserError(
+            f"--topology: {name}: expected v5e, v5p, v6e or tpu7x; libtpu describes older chips core by core"
+        )
     topology = ACCELERATOR_TYPES.get(name, name).replace("v7x:", "tpu7x:")
     # The topology's devices are not this machine's, which may have none.
     jax.config.update("jax_platforms", "cpu")

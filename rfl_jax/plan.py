@@ -90,7 +90,9 @@ def main() -> None:
     shown = best if _SEARCH.value and best else tried[0]
     change = None if best is None else _flags(best.changes)
     if _JSON.value:
-        print(json.dumps(as_json(shown.cfg, shown.report, topology) | {"change": change}))
+        # What would have to change; nothing where the configuration fits as it is, null where nothing does.
+        told = {} if change == "" else {"change": change}
+        print(json.dumps(as_json(shown.cfg, shown.report, topology) | told))
     else:
         show(shown.cfg, shown.report, topology)
         if change:

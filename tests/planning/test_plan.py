@@ -131,7 +131,7 @@ def test_weights_and_moments_in_host_memory_compile_for_tpu():
 
 
 def test_bad_topologies_are_refused_in_one_line():
-    for name in ("", "v9z-3"):
+    for name in ("", "v9z-3", "v4-8"):
         found = plan(*MINI, f"--topology={name}")
         assert found.returncode == 2
         assert found.stdout == ""
