@@ -1,7 +1,6 @@
 """What the converters share: from the source's tensors or graph to the arrays of a module, and to the filled module."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,6 +15,7 @@ from convert.onnx_graph import Graph
 from convert.readers import Checkpoint
 from convert.recognise import looks_like
 from rfl_jax.errors import UserError
+from rfl_jax.files import read_json
 from rfl_jax.models.weights import fill, flat_shapes
 
 C = TypeVar("C")
@@ -152,8 +152,4 @@ def sidecar(source: Path) -> dict:
     file = (source if source.is_dir() else source.parent) / "config.json"
     if not file.exists():
         return {}
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: expected JSON ({error})") from None
-    return content if isinstance(content, dict) else {}
+    return read_json(file)

@@ -88,10 +88,10 @@ def read_run(folder: RunFolder, step: str = "", network: str = "") -> Trained:
 
 def _score(folder: RunFolder, step: int) -> float | None:
     """The reward of a step."""
-    lines = folder.metrics.read_text().splitlines(keepends=True) if folder.metrics.exists() else []
-    # The last line may be on its way while training runs.
-    whole = (json.loads(line) for line in lines if line.endswith("\n"))
-    return next((line["face_score"] for line in whole if line["step"] == step), None)
+    score = next((line.get("face_score") for _, line in folder.read_lines() if line["step"] == step), None)
+    if not isinstance(score, float | None):
+        raise UserError(f"{folder.metrics}: face_score of step {step}: {score!r}, expected a number")
+    return score
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -127,7 +127,7 @@ def _from_bucket(source: epath.Path) -> list[str]:
             names.append("config.json")
         for name in names:
             _copy_once(source.parent / name, base / name)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, RecursionError) as error:
         raise UserError(f"{source}: cannot be fetched ({first_line(error)})") from None
     return [str(base / source.name)]
 

@@ -31,12 +31,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
     def latest(self) -> int | None:
         """The last step that was written whole."""
         return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Until all are written."""
+        self._manager.wait_until_finished()
 
     def forget_after(self, step: int) -> None:
         """Removes checkpoints of later steps."""

@@ -290,5 +290,5 @@ def test_what_is_no_run_is_refused_in_one_line(folder, tmp_path):
     with pytest.raises(UserError, match=r"expected statistics, .* rfl_jax\.evaluate"):
         read_run(RunFolder(folder))
     (folder / "evaluation.json").write_text("{")
-    with pytest.raises(UserError, match=r"evaluation\.json: expected JSON"):
+    with pytest.raises(UserError, match=r"evaluation\.json: expected a JSON object"):
         read_run(RunFolder(folder))
