@@ -16,6 +16,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +41,7 @@ from configs import roll
 from convert import store
 from convert.__main__ import main as convert_main
 from rfl_jax import export
+from rfl_jax.chips import answer_libtpu
 from rfl_jax.config import default_config, parse
 from rfl_jax.data.cache import PreparedClip, write_arrays
 from rfl_jax.data.dataset import check_shapes, make_iterator
@@ -250,7 +252,10 @@ def converting(component: str, source: str, *more: str) -> Callable[[Path], str]
         out = folder / "out"
         sys.argv = ["convert", component, "--src", str(folder / source), "--dst", str(out), *more]
         convert_main()
-        return digest(store.restore(str(out)))
+        arrays = store.restore(str(out))
+        unfit = [name for name, x in arrays.items() if not np.isfinite(np.asarray(x, np.float32)).all()]
+        assert not unfit, f"{unfit[0]} is not finite"
+        return digest(arrays)
 
     return use
 
@@ -366,8 +371,10 @@ def use_paths(folder: Path) -> str:
 
 def make_lock(folder: Path) -> None:
     with Lock(RunFolder(epath.Path(folder))):
-        text = (folder / "lock.json").read_text()
-    (folder / "lock.json").write_text(text)
+        holder = json.loads((folder / "lock.json").read_text())
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (folder / "lock.json").write_text(json.dumps(holder | {"pid": gone.pid}))
 
 
 def use_lock(folder: Path) -> str:
@@ -467,7 +474,7 @@ def captured() -> Iterator[Callable[[], str]]:
     with tempfile.TemporaryFile() as file, contextlib.redirect_stdout(io.StringIO()):
         before = os.dup(2)
         os.dup2(file.fileno(), 2)
-        written = open(2, "w", closefd=False)  # noqa: SIM115
+        written = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
 
         def read() -> str:
             written.flush()
@@ -585,6 +592,7 @@ def main() -> None:
     parser.add_argument("--kinds", default="", help="only kinds whose names contain this")
     parser.add_argument("--dir", type=Path, help="for a run and the inputs (default: a temporary folder)")
     args = parser.parse_args()
+    answer_libtpu()
     logging.set_verbosity(logging.FATAL)
     folder = args.dir or Path(tempfile.mkdtemp(prefix="fuzz-"))
     folder.mkdir(parents=True, exist_ok=True)

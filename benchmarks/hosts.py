@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.kill import ROOT, comparable_lines, steps_done
+from rfl_jax.chips import answer_libtpu
 from rfl_jax.miniature.data import draw_clips
 
 LIMIT_S = 60.0
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a fault: killed, frozen, cut off, clock ahead or clock jumps")
     parser.add_argument("--faketime", type=Path, default=FAKETIME, help="libfaketime (default: %(default)s)")
     args = parser.parse_args()
+    answer_libtpu()
     if os.geteuid() or not shutil.which("ip"):
         raise SystemExit("network namespaces need root and iproute2")
     folder = args.dir or Path(tempfile.mkdtemp(prefix="hosts-"))

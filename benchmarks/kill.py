@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from rfl_jax.chips import answer_libtpu
 from rfl_jax.miniature.data import draw_clips
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,7 @@ CLIPS = {"train": (4, 5), "held_out": (2, 6)}  # clips and seed
 CLOCK = ("step_time_s", "mfu")  # of metrics.jsonl
 # What follows a moment at which a kill is aimed is over within so many seconds.
 SOON_S = 0.3
-POLL_S = 0.003
+POLL_S = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=8, help="kills of one run (default: %(default)s)")
     parser.add_argument("--dir", type=Path, help="for the runs; what is there goes on (default: a temporary folder)")
     args = parser.parse_args()
+    answer_libtpu()
     folder = args.dir or Path(tempfile.mkdtemp(prefix="kill-"))
     folder.mkdir(parents=True, exist_ok=True)
     campaign, log, measured = Campaign(folder), folder / "kills.jsonl", folder / "durations.json"

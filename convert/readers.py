@@ -8,9 +8,7 @@ import json
 import math
 import os
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from rfl_jax.errors import UserError, first_line
+from rfl_jax.errors import UserError, first_line, refuse_damage
 from rfl_jax.files import PICKLES, read_json
 
 # Floating-point only: there are no other weights in these networks.
@@ -210,17 +208,16 @@ def _check_sums(file: Path, size: int, changed_ns: int) -> None:
     bar = tqdm(
         total=size, unit="B", unit_scale=True, desc=f"check {file.name}", disable=None if size > 1 << 30 else True
     )
-    try:
-        with bar, zipfile.ZipFile(file) as content:
-            # PyTorch can be told to write none.
-            for entry in (e for e in content.infolist() if e.CRC):
-                with content.open(entry) as stream:
-                    while block := stream.read(1 << 24):
-                        bar.update(len(block))
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, struct.error) as error:
-        raise UserError(
-            f"{file}: damaged ({first_line(error)}), expected a state dict of tensors as it was written"
-        ) from None
+    with (
+        refuse_damage(f"{file}: expected a state dict of tensors as it was written"),
+        bar,
+        zipfile.ZipFile(file) as content,
+    ):
+        # PyTorch can be told to write none.
+        for entry in (e for e in content.infolist() if e.CRC):
+            with content.open(entry) as stream:
+                while block := stream.read(1 << 24):
+                    bar.update(len(block))
 
 
 def _state_dict(file: Path, content: Any, kind: type) -> dict[str, Any]:

@@ -71,6 +71,21 @@ def storage_fault(error: BaseException) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def refuse_damage(expected: str) -> Iterator[None]:
+    """Turns whatever a library raises that reads a damaged file into a `UserError` of this beginning. What a disk or a bucket
+    refuses remains what it is, and so does what this program refuses itself.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if storage_fault(error) or type(error).__name__ == "JaxRuntimeError":  # of the devices
+            raise
+        raise UserError(f"{expected} ({first_line(error)[:200]})") from None
+
+
 def failure(error: BaseException) -> str:
     """What ended a command whose inputs were good, in one line; empty if it is a mistake of the program."""
     fault = storage_fault(error)

@@ -8,9 +8,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rfl_jax.errors import UserError
+from rfl_jax.errors import UserError, refuse_damage
 from rfl_jax.files import absolute, array_handler, parse_json, read_json
 
+UNREADABLE = "cannot be read, expected a checkpoint as it was written"
 BEST = "best"  # names the checkpoint that validation judged best, where a step's number could stand
 
 
@@ -176,13 +177,13 @@ def find_checkpoint(folder: RunFolder, step: str = "") -> epath.Path:
 
 def trained_networks(checkpoint: epath.Path) -> list[str]:
     """Networks that a checkpoint holds weights or adapters for."""
-    with ocp.Checkpointer(array_handler()) as checkpointer:
+    with refuse_damage(f"{checkpoint}: {UNREADABLE}"), ocp.Checkpointer(array_handler()) as checkpointer:
         return sorted(checkpointer.metadata(checkpoint / "state").item_metadata.tree["params"])
 
 
 def read_network(checkpoint: epath.Path, network: str) -> dict[str, np.ndarray]:
     """The trained arrays of one network by dotted path; those of other networks are not read."""
-    with ocp.Checkpointer(array_handler()) as checkpointer:
+    with refuse_damage(f"{checkpoint}: {UNREADABLE}"), ocp.Checkpointer(array_handler()) as checkpointer:
         tree = checkpointer.metadata(checkpoint / "state").item_metadata.tree
         wanted = {"params": {network: tree["params"][network]}}
         restored = checkpointer.restore(

@@ -3,31 +3,16 @@
 import contextlib
 import dataclasses
 import io
-import struct
 import zipfile
-import zlib
 from collections.abc import Collection, Iterator
 
 import numpy as np
 from etils import epath
 
 from rfl_jax.data.metadata import Clip
-from rfl_jax.errors import UserError, first_line
+from rfl_jax.errors import refuse_damage
 from rfl_jax.files import write_whole
 
-# What zipfile and numpy raise where a file is not as it was written.
-DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    RuntimeError,
-    SyntaxError,
-    IndexError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-)
 ClipArrays = dict[str, np.ndarray]
 
 
@@ -93,15 +78,8 @@ def read_shape(file: epath.Path, name: str) -> tuple[int, ...]:
 @contextlib.contextmanager
 def _whole(file: epath.Path) -> Iterator[None]:
     """Turns whatever a damaged npz raises into `UserError`."""
-    try:
+    with refuse_damage(f"{file}: expected a prepared clip as it was written; without it, it is prepared anew"):
         yield
-    # The system's errors have numbers; zipfile and zlib raise what they come across.
-    except (zipfile.BadZipFile, zlib.error, *DAMAGE) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise UserError(
-            f"{file}: damaged ({first_line(error)}), expected a prepared clip as it was written: removed, it is prepared anew"
-        ) from None
 
 
 def write_arrays(file: epath.Path, values: ClipArrays) -> None:
