@@ -213,7 +213,8 @@ def arrays_below(folder: Path) -> dict[str, bytes]:
     """The files of arrays in a folder of checkpoints."""
     files = [file for file in folder.rglob("*") if file.is_file() and "state" in file.relative_to(folder).parts[1:2]]
     # What Orbax notes of its writing has times in it.
-    return {str(f.relative_to(folder)): f.read_bytes() for f in files if not f.name.startswith("_")}
+    notes = ("_", "commit_success")
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files if not f.name.startswith(notes)}
 
 
 def differences(reference: Path, workdir: Path) -> list[str]:

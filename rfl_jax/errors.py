@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import re
 import sys
 from collections.abc import Iterator
+from types import TracebackType
 from typing import NoReturn
 
 
@@ -83,7 +85,20 @@ def refuse_damage(expected: str) -> Iterator[None]:
     except Exception as error:
         if storage_fault(error) or type(error).__name__ == "JaxRuntimeError":  # of the devices
             raise
+        _ignore_late_readers()
         raise UserError(f"{expected} ({first_line(error)[:200]})") from None
+
+
+@functools.cache
+def _ignore_late_readers() -> None:
+    """Keeps reads that go on behind one that failed from telling that nobody waits for them any more."""
+    before = sys.excepthook
+
+    def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            before(kind, error, trace)
+
+    sys.excepthook = say
 
 
 def failure(error: BaseException) -> str:
