@@ -435,7 +435,7 @@ def kinds_of_run(workdir: Path) -> list[Kind]:
         with Validation(cfg, held_out, place, progress.step, print) as validation:
             judged = [validation.entries, validation.best_step]
         leaves = {str(i): x for i, x in enumerate(jax.tree.leaves(progress.state))}
-        return digest(leaves) + json.dumps([iterator_state(progress.data), judged, place.metrics.read_text()])
+        return digest(leaves) + json.dumps([iterator_state(progress.data), judged, place.read_lines()])
 
     def exported(folder: Path) -> str:
         file = folder / "out.safetensors"

@@ -4,12 +4,12 @@ import argparse
 import contextlib
 import errno
 import functools
+import inspect
 import os
 import re
 import sys
 from collections.abc import Iterator
-from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -78,6 +78,7 @@ def refuse_damage(expected: str) -> Iterator[None]:
     """Turns whatever a library raises that reads a damaged file into a `UserError` of this beginning. What a disk or a bucket
     refuses remains what it is, and so does what this program refuses itself.
     """
+    _ignore_late_readers()
     try:
         yield
     except UserError:
@@ -85,20 +86,20 @@ def refuse_damage(expected: str) -> Iterator[None]:
     except Exception as error:
         if storage_fault(error) or type(error).__name__ == "JaxRuntimeError":  # of the devices
             raise
-        _ignore_late_readers()
         raise UserError(f"{expected} ({first_line(error)[:200]})") from None
 
 
 @functools.cache
 def _ignore_late_readers() -> None:
-    """Keeps reads that go on behind one that failed from telling that nobody waits for them any more."""
-    before = sys.excepthook
+    """Keeps reads that go on behind one that failed from telling, one by one, that nobody waits for them any more."""
+    told = sys.unraisablehook
 
-    def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            before(kind, error, trace)
+    def tell(ignored: Any) -> None:
+        closed = isinstance(ignored.exc_value, RuntimeError) and str(ignored.exc_value) == "Event loop is closed"
+        if not (closed or inspect.iscoroutine(ignored.object)):
+            told(ignored)
 
-    sys.excepthook = say
+    sys.unraisablehook = tell
 
 
 def failure(error: BaseException) -> str:
