@@ -10,6 +10,7 @@ there is said, and left out. Exit status 1: something was not as it has to be.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -52,6 +53,22 @@ class Host:
     log: Path
     before: int = 0
     ended_s: float | None = None
+
+    def processes(self) -> list[int]:
+        """It and its children, the supervised command among them."""
+        found, left = [], [self.process.pid]
+        while left:
+            pid = left.pop()
+            found.append(pid)
+            with contextlib.suppress(OSError):
+                left += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return found
+
+    def send(self, number: int) -> None:
+        """A signal to all of them."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def said(self) -> list[str]:
         """What it said since the fault, besides the lines of steps."""
@@ -183,12 +200,12 @@ def disturb(pair: Pair, workdir: Path, fault: str) -> Iterator[str]:
     if fault == "cut off":
         pair.net.set_cable("down")
     else:
-        second.process.send_signal(signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+        second.send(signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
     watched = [first] if fault != "cut off" else hosts
     watch(watched, begin, LIMIT_S)
     if fault == "frozen":
         # It wakes up in a run that is over.
-        second.process.send_signal(signal.SIGCONT)
+        second.send(signal.SIGCONT)
         woken = time.monotonic()
         watch([second], woken, LIMIT_S)
         watched = hosts
@@ -212,7 +229,7 @@ def disturb(pair: Pair, workdir: Path, fault: str) -> Iterator[str]:
             yield f"host {number}: {len(said)} lines: " + " | ".join(said)
     for host in hosts:
         if host.process.poll() is None:
-            host.process.kill()
+            host.send(signal.SIGKILL)
         host.process.wait()
     if fault == "cut off":
         pair.net.set_cable("up")
