@@ -1,7 +1,9 @@
 """Corrupts inputs of every kind and hands each to the function that a command hands it to.
 
 `python -m benchmarks.fuzz --inputs=1000 --seed=0 [--dir=DIR]` prints a table of what became of them and at the end one line
-for `benchmarks/RESULTS.md`. An input has to be refused in one line within 2 seconds and leave nothing behind, or be accepted.
+for `benchmarks/RESULTS.md`. An input has to be refused in one line within 2 seconds of processor time (and 20 of the clock, as a
+machine may be shared) and leave nothing behind, or be accepted. The same command goes on where it stopped, and tries faults
+again.
 It may be accepted with other content only where its format has no checksum over what was changed (the table says which):
 there a changed number is a number. Anything else is a fault, told with its number; `--only=NUMBER` repeats it, and leaves the
 input in DIR. Exit status 1: there were faults.
@@ -22,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ from rfl_jax.training.record import open_record
 from rfl_jax.training.setup import set_up
 from rfl_jax.training.validation import Validation
 
-LIMIT_S = 2.0  # for a refusal
+LIMIT_S = 2.0  # of processor time, for a refusal
+PATIENCE = 10  # times as much of the clock
 REFUSED, SAME, OTHER, FAULT = "refused", "same content", "other content", "FAULT"
 
 
@@ -495,11 +498,11 @@ def what_becomes(kind: Kind, folder: Path, limit_s: float) -> tuple[str, str, fl
 
     Returns:
         `REFUSED` with the line, `OTHER` (than what is not known here) with the content, or `FAULT` with what is wrong; and
-        the seconds that it took.
+        the seconds of processor time that it took.
     """
     before = set(folder.iterdir())
     with captured() as read:
-        begin, code, text = time.perf_counter(), 0, ""
+        begin, clock, code, text = time.process_time(), time.monotonic(), 0, ""
         try:
             with refuse_in_one_line(kind.name):
                 text = kind.use(folder)
@@ -508,7 +511,7 @@ def what_becomes(kind: Kind, folder: Path, limit_s: float) -> tuple[str, str, fl
         except BaseException as error:  # whatever it is
             last = traceback.extract_tb(error.__traceback__)[-1]
             code, text = -1, f"{type(error).__name__}: {str(error)[:200]} ({last.filename}:{last.lineno})"
-        seconds = time.perf_counter() - begin
+        seconds = max(time.process_time() - begin, (time.monotonic() - clock) / PATIENCE)
         said = read()
     if code == -1:
         return FAULT, text, seconds
@@ -575,12 +578,12 @@ class Fuzzer:
         return kind, verdict, f"{done}: {text}", seconds
 
 
-def table(counts: Counter[tuple[str, str]], slowest: dict[str, float], checked: dict[str, bool]) -> Iterator[str]:
+def table(counts: Mapping[tuple[str, str], int], slowest: dict[str, float], checked: dict[str, bool]) -> Iterator[str]:
     """Lines of the result by kind."""
     columns = (REFUSED, SAME, OTHER, FAULT)
     yield f"{'':28s}" + "".join(f"{name:>15s}" for name in columns) + f"{'slowest refusal':>17s}  checksum"
     for name, has in checked.items():
-        numbers = "".join(f"{counts[name, verdict]:15d}" for verdict in columns)
+        numbers = "".join(f"{counts.get((name, verdict), 0):15d}" for verdict in columns)
         yield f"{name:28s}{numbers}{slowest.get(name, 0):15.2f} s  {'yes' if has else 'no'}"
 
 
@@ -605,17 +608,24 @@ def main() -> None:
     fuzzer = Fuzzer(folder, all_kinds, args.seed)
     numbers = [n for n in range(args.inputs) if args.kinds in all_kinds[n % len(all_kinds)].name]
     numbers = numbers if args.only is None else [args.only]
-    counts: Counter[tuple[str, str]] = Counter()
-    slowest: dict[str, float] = {}
+    log = folder / f"results-{args.seed}.jsonl"
+    results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {result["number"]: result for result in results if result["verdict"] != FAULT}
     begin = time.monotonic()
-    for number in tqdm(numbers, desc="inputs", disable=None):
+    for number in tqdm([n for n in numbers if n not in done or args.only is not None], desc="inputs", disable=None):
         (folder / "current").write_text(str(number))  # a library that crashes takes this process with it
         kind, verdict, text, seconds = fuzzer.run(number)
-        counts[kind.name, verdict] += 1
-        if verdict == REFUSED:
-            slowest[kind.name] = max(slowest.get(kind.name, 0), seconds)
+        done[number] = {"number": number, "kind": kind.name, "verdict": verdict, "seconds": round(seconds, 3)}
+        with log.open("a") as stream:
+            stream.write(json.dumps(done[number]) + "\n")
         if verdict == FAULT or args.only is not None:
             tqdm.write(f"{number}: {kind.name}: {verdict}: {text}")
+    results = [done[number] for number in numbers]
+    counts = Counter((result["kind"], result["verdict"]) for result in results)
+    slowest: dict[str, float] = {}
+    for result in results:
+        if result["verdict"] == REFUSED:
+            slowest[result["kind"]] = max(slowest.get(result["kind"], 0), result["seconds"])
     print(*table(counts, slowest, {kind.name: kind.checked for kind in all_kinds}), sep="\n")
     totals = Counter()
     for (_, verdict), count in counts.items():
