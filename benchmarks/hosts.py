@@ -28,6 +28,7 @@ from rfl_jax.miniature.data import draw_clips
 
 LIMIT_S = 60.0
 STEPS = 8
+SLOWEST_S = 3600
 PORT = 8476
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 SETTINGS = (
@@ -163,7 +164,7 @@ class Pair:
         """Raises: SystemExit: it did not end well."""
         hosts = self.start(workdir, wrong_clock)
         for host in hosts:
-            if host.process.wait(timeout=600):
+            if host.process.wait(timeout=SLOWEST_S):
                 raise SystemExit(f"{host.log}: exit status {host.process.returncode}")
 
     def wait_for_steps(self, hosts: list[Host], workdir: Path, count: int) -> None:
@@ -295,7 +296,7 @@ def run_with_wrong_clock(pair: Pair, workdir: Path, fault: str, library: Path) -
     pair.wait_for_steps(hosts, workdir, 2)
     file.write_text("-1d")
     for host in hosts:
-        if host.process.wait(timeout=600):
+        if host.process.wait(timeout=SLOWEST_S):
             raise SystemExit(f"{host.log}: exit status {host.process.returncode}")
     print("  the run ended as ever")
 
