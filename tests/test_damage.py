@@ -96,6 +96,18 @@ def test_pngs_are_compared_with_their_checksums(tmp_path):
         read_image(file)
 
 
+def test_what_a_picture_can_do_without_is_not_told(tmp_path):
+    file = tmp_path / "face.tiff"
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(file)
+    whole = file.read_bytes()
+    # A tag has more values than the file has bytes, of which Pillow warns; here warnings are errors.
+    at = whole.rindex(b"\x17\x01\x04\x00")
+    file.write_bytes(whole[: at + 4] + b"\xff\xff\xff\x0f" + whole[at + 8 :])
+    with pytest.warns(UserWarning, match="Tag data larger than file"), Image.open(file) as image:
+        assert image.size == (32, 32)
+    assert read_image(file).size == (32, 32)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "3", "[1]", b"\xff{}", '{"a": 1}}', "[" * 100_000, '{"a": 1' + "0" * 5000 + "}"]
 )

@@ -180,9 +180,9 @@ def read_image(path: Path | str) -> Image.Image:
         UserError: no such file, not a whole picture, pixels of 32 bits (whose white is unknown), or too large.
     """
     try:
-        # Pillow refuses what is twice as large as what it warns of.
+        # Pillow warns of what it can do without; what is twice as large as what it warns of it refuses.
         with (
-            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            warnings.catch_warnings(action="ignore"),
             Image.open(path) as image,
         ):
             if image.format == "PNG":
