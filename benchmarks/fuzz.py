@@ -203,7 +203,7 @@ def edit(rng: np.random.Generator, data: bytes) -> bytes:
     """An edit of what is text: JSON, lines of text, or the header of safetensors."""
     if rng.integers(50) == 0:
         return DEEP
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         return json.dumps(edit_json(rng, json.loads(data))).encode("utf-8", "surrogatepass")
     return edit_lines(rng, data)
 

@@ -20,6 +20,7 @@ from rfl_jax.data.dataset import make_iterator
 from rfl_jax.data.metadata import Clip
 from rfl_jax.data.videos import read_image
 from rfl_jax.errors import UserError
+from rfl_jax.export import read_run
 from rfl_jax.files import parse_json
 from rfl_jax.miniature.world import ASSETS, DIT_FILES, JUDGE_FILE, T5_FILE, VAE_FILE
 from rfl_jax.runs import RunFolder
@@ -189,6 +190,17 @@ def test_a_validation_record_that_is_none(tmp_path, change):
     file.write_text(json.dumps(whole | change))
     with pytest.raises(UserError, match=r"validation\.json: expected clips, base and validations"):
         read_validation(file)
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"preset": "mini"}, {"preset": 3, "lora_rank": 4}, {"preset": "mini", "lora_rank": "4"}]
+)
+def test_an_export_of_no_configuration(tmp_path, content):
+    folder = RunFolder(epath.Path(tmp_path))
+    (folder.checkpoints / "2").mkdir(parents=True)
+    folder.config.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"config\.json: preset=.*, lora_rank=.*, expected the configuration of a run"):
+        read_run(folder)
 
 
 def test_lines_of_metrics_that_are_none(tmp_path):
