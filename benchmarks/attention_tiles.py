@@ -98,7 +98,7 @@ def measure(topology: str, heads: int, tokens: int, tiles: tuple[int, int, int])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="attention_tiles", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="attention_tiles", description=str(__doc__).split("\n")[0])
     parser.add_argument("--topology", default="v5p-8", help="a slice of v5e, v5p or v6e")
     parser.add_argument("--heads", type=int, default=10, help="a chip's")
     parser.add_argument("--tokens", type=int, default=18900)

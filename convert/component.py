@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,7 +17,11 @@ from convert.onnx_graph import Graph
 from convert.readers import Checkpoint
 from convert.recognise import looks_like
 from rfl_jax.errors import UserError
+from rfl_jax.files import read_json
 from rfl_jax.models.weights import fill, flat_shapes
+
+# No size of a network comes near.
+LARGEST = 1e9
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nnx.Module)
@@ -70,6 +74,8 @@ class OnnxComponent(Network[C, M]):
         """
         cfg, arrays = self.walk(Graph(Path(source)))
         check_filled(self.abstract(cfg), arrays, what=str(source))
+        if unfit := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+            raise UserError(f"{source}: gives NaN or infinity for {unfit[0]}, expected finite numbers")
         return cfg, arrays
 
     def load(self, source: Path | str) -> M:
@@ -86,14 +92,15 @@ class Component(Network[C, M]):
         namings: key tables by name.
         naming: picks a table from the source's keys.
         infer_config: sizes from the source's shapes and hints.
-        hint_names: fields of a config.json or `--set` that this component reads.
+        hint_kinds: fields of a config.json or `--set` that this component reads: whole numbers (int), numbers (float) or
+            lists of numbers (list).
     """
 
     name: str
     namings: dict[str, list[Rule]]
     naming: Callable[[Shapes], str]
     infer_config: Callable[[Shapes, dict], C]
-    hint_names: tuple[str, ...] = ()
+    hint_kinds: Mapping[str, type] = dataclasses.field(default_factory=dict)
 
     def convert(
         self,
@@ -116,16 +123,17 @@ class Component(Network[C, M]):
         Raises:
             UserError: unreadable files, or tensors that are missing, unexpected or misshapen.
         """
-        unknown = sorted(set(hints) - set(self.hint_names))
+        unknown = sorted(set(hints) - set(self.hint_kinds))
         if unknown:
             raise UserError(
-                f"{unknown[0]}: not a setting of {self.name}, expected one of {', '.join(self.hint_names) or 'none'}"
+                f"{unknown[0]}: not a setting of {self.name}, expected one of {', '.join(self.hint_kinds) or 'none'}"
             )
         paths = [Path(source) for source in sources]
+        sizes = self._checked(sidecar_of(paths[0]), sidecar(paths[0])) | self._checked("--set", hints)
         checkpoint = Checkpoint(paths)
         try:
             rules = self.namings[self.naming(checkpoint.shapes)]
-            cfg = self.infer_config(checkpoint.shapes, {**sidecar(paths[0]), **hints})
+            cfg = self.infer_config(checkpoint.shapes, sizes)
             target = flat_shapes(self.abstract(cfg))
             assignments = plan(rules, checkpoint.shapes, target, what=self.name)
         except UserError as error:
@@ -136,6 +144,22 @@ class Component(Network[C, M]):
         )
         merged = [(Lora(file, self.namings, target, expert), strength) for file, strength in loras]
         return cfg, merge(arrays, merged)
+
+    def _checked(self, where: Path | str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the values that this component reads; null stands for one that is not said."""
+        found = {name: values[name] for name in self.hint_kinds if values.get(name) is not None}
+        for name, value in found.items():
+            kind = self.hint_kinds[name]
+            numbers = value if kind is list and isinstance(value, list | tuple) else [value]
+            whole = kind is int
+            if (kind is list and numbers is not value) or not all(
+                _is_positive(x, whole, kind is list) for x in numbers
+            ):
+                expected = (
+                    "a list of numbers" if kind is list else "a whole number above 0" if whole else "a number above 0"
+                )
+                raise UserError(f"{where}: {name}={value!r}, expected {expected}")
+        return found
 
     def describe(self, sources: Sequence[Path | str]) -> C:
         """The config alone: only headers are read."""
@@ -154,13 +178,18 @@ class Component(Network[C, M]):
         return self.filled(cfg, {name: whole(array) for name, array in arrays.items()})
 
 
-def sidecar(source: Path) -> dict:
+def _is_positive(x: Any, whole: bool, any_sign: bool) -> bool:
+    """Whether it is a finite number, whole and above zero where that is asked for."""
+    is_number = type(x) is int or (type(x) is float and math.isfinite(x) and not whole)
+    return is_number and abs(x) < LARGEST and (any_sign or x > 0)
+
+
+def sidecar_of(source: Path) -> Path:
+    """Where the config.json of a checkpoint lies, if it has one."""
+    return (source if source.is_dir() else source.parent) / "config.json"
+
+
+def sidecar(source: Path) -> dict[str, Any]:
     """The config.json beside a checkpoint, as the original and diffusers publish it; empty where there is none."""
-    file = (source if source.is_dir() else source.parent) / "config.json"
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: expected JSON ({error})") from None
-    return content if isinstance(content, dict) else {}
+    file = sidecar_of(source)
+    return read_json(file) if file.exists() else {}

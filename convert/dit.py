@@ -113,6 +113,6 @@ COMPONENT = Component(
     NAMINGS,
     naming,
     infer_config,
-    hint_names=("num_heads", "text_len", "eps", "boundary"),
+    hint_kinds={"num_heads": int, "num_attention_heads": int, "text_len": int, "eps": float, "boundary": float},
 )
 build, load = COMPONENT.build, COMPONENT.load

@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from safetensors.numpy import save
 
 from convert import dit, lora, store
 from convert.mapping import Assignment, LazyArray, Rule, cast, unchanged
@@ -46,7 +45,9 @@ def adapter_file(arrays: Mapping[str, np.ndarray], kind: str, metadata: Mapping[
         for key in [key for key in tensors if key.endswith(".lora_down.weight")]:
             alpha = np.array(tensors[key].shape[0], np.float32)
             tensors[key.removesuffix("lora_down.weight") + "alpha"] = alpha
-    return save(dict(sorted(tensors.items())), dict(metadata))
+    stored = {key: np.ascontiguousarray(x) for key, x in sorted(tensors.items())}
+    entries = [Entry(key, x.shape, x.dtype, lambda x=x: x) for key, x in stored.items()]
+    return _header(entries, metadata) + b"".join(x.tobytes() for x in stored.values())
 
 
 def adapter_config(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -198,9 +199,8 @@ def write_safetensors(
     return [*files, index]
 
 
-def _write_shard(
-    file: Path, tensors: Iterable[Entry], metadata: Mapping[str, str], progress: Callable[[int], Any]
-) -> None:
+def _header(tensors: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with. The library's own writer puts metadata in an order that differs each time."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for entry in tensors:
@@ -212,11 +212,17 @@ def _write_shard(
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_shard(
+    file: Path, tensors: Sequence[Entry], metadata: Mapping[str, str], progress: Callable[[int], Any]
+) -> None:
     unfinished = Path(aside(file))
     with naming(file):
         try:
             with unfinished.open("wb") as stream:
-                stream.write(struct.pack("<Q", len(text)) + text)
+                stream.write(_header(tensors, metadata))
                 for entry in tensors:
                     stream.write(np.ascontiguousarray(entry.read()).view(np.uint8).reshape(-1).data)
                     progress(entry.nbytes)

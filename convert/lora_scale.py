@@ -13,7 +13,6 @@ alpha of a tensor is therefore over the rank, and where adapters are rank-stabil
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rfl_jax.errors import UserError
+from rfl_jax.files import parse_json, read_json
 
 DIFFUSERS = "lora_adapter_metadata"
 # Names of alpha in a header, and of the rank that goes with it.
@@ -130,10 +130,7 @@ def of_header(metadata: Mapping[str, str], component: str) -> list[Settings]:
     found = []
     if DIFFUSERS in metadata:
         where = f"{DIFFUSERS} in the header"
-        try:
-            content = json.loads(metadata[DIFFUSERS])
-        except ValueError as error:
-            raise UserError(f"{where}: expected JSON ({error})") from None
+        content = parse_json(metadata[DIFFUSERS], where)
         if content:
             found.append(_of_peft(where, _of_component(where, content, component)))
     stabilized = bool(is_stabilized(metadata))
@@ -161,12 +158,7 @@ def is_stabilized(metadata: Mapping[str, str]) -> str:
         UserError: its options are no JSON object.
     """
     text = metadata.get(KOHYA_OPTIONS, "")
-    try:
-        options = {} if text in NO_NUMBER else json.loads(text) or {}
-    except ValueError as error:
-        raise UserError(f"{KOHYA_OPTIONS} in the header: expected JSON ({error})") from None
-    if not isinstance(options, dict):
-        raise UserError(f"{KOHYA_OPTIONS} in the header: expected a JSON object")
+    options = {} if text in (*NO_NUMBER, "null") else parse_json(text, f"{KOHYA_OPTIONS} in the header")
     for where, place in (("", metadata), (f" of {KOHYA_OPTIONS}", options)):
         for name in STABILIZED:
             if str(place.get(name, "")).lower() in ("true", "1"):
@@ -186,9 +178,7 @@ def _number(where: str, text: str) -> float | None:
     return number
 
 
-def _of_component(where: str, content: Any, component: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: expected a JSON object of PEFT's settings")
+def _of_component(where: str, content: dict[str, Any], component: str) -> dict[str, Any]:
     if "lora_alpha" in content or "r" in content:
         return content
     components = sorted({key.rpartition(".")[0] for key in content if key.endswith((".r", ".lora_alpha"))})
@@ -204,16 +194,12 @@ def of_sidecar(config: Path) -> Settings:
     Raises:
         UserError: it is none of PEFT's for LoRA.
     """
-    try:
-        content = json.loads(config.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{config}: expected PEFT's adapter configuration ({error})") from None
-    return _of_peft(str(config), content)
+    return _of_peft(str(config), read_json(config))
 
 
-def _of_peft(where: str, content: Any) -> Settings:
+def _of_peft(where: str, content: dict[str, Any]) -> Settings:
     expected = f"{where}: expected PEFT's settings of a LoRA"
-    if not isinstance(content, dict) or content.get("peft_type", "LORA") != "LORA":
+    if content.get("peft_type", "LORA") != "LORA":
         raise UserError(expected)
     if content.get("use_dora"):
         raise UserError(f"{where}: is a DoRA (use_dora), which is not read: expected a LoRA")

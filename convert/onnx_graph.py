@@ -112,8 +112,10 @@ class Graph:
     def affine(self, node: Node) -> tuple[np.ndarray, np.ndarray]:
         """Scale and bias of a BatchNormalization, computed in float64."""
         gamma, beta, mean, variance = (self.constant(node, i).astype(np.float64) for i in range(1, 5))
-        scale = gamma / np.sqrt(variance + node.attributes.get("epsilon", 1e-5))
-        return scale, beta - mean * scale
+        # A damaged file's numbers are looked at when the network has all of them.
+        with np.errstate(all="ignore"):
+            scale = gamma / np.sqrt(variance + node.attributes.get("epsilon", 1e-5))
+            return scale, beta - mean * scale
 
     def convolution(self, node: Node) -> tuple[np.ndarray, np.ndarray, str]:
         """Kernel [h, w, in, out] and bias of a square convolution, a following batch norm folded in, and the tensor
@@ -129,8 +131,10 @@ class Graph:
         out = node.output
         if norm := self.follows(out, "BatchNormalization"):
             scale, shift = self.affine(norm)
-            kernel, bias, out = kernel * scale[:, None, None, None], bias * scale + shift, norm.output
-        return kernel.transpose(2, 3, 1, 0).astype(np.float32), bias.astype(np.float32), out
+            with np.errstate(all="ignore"):
+                kernel, bias, out = kernel * scale[:, None, None, None], bias * scale + shift, norm.output
+        with np.errstate(all="ignore"):
+            return kernel.transpose(2, 3, 1, 0).astype(np.float32), bias.astype(np.float32), out
 
 
 def stride(node: Node) -> int:

@@ -3,6 +3,7 @@
 Safetensors and PyTorch pickles (which need torch), alone, as shards with an index, or as the only one of a folder.
 """
 
+import functools
 import json
 import math
 import os
@@ -15,9 +16,10 @@ from typing import Any, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
-from rfl_jax.errors import UserError, first_line
-from rfl_jax.files import PICKLES
+from rfl_jax.errors import UserError, first_line, refuse_damage
+from rfl_jax.files import PICKLES, read_json
 
 # Floating-point only: there are no other weights in these networks.
 DTYPES = {
@@ -154,6 +156,9 @@ class TorchReader:
             import torch
         except ImportError:
             raise UserError(f"{file}: reading it needs PyTorch: pip install torch") from None
+        if zipfile.is_zipfile(file):
+            state = file.stat()
+            _check_sums(file, state.st_size, state.st_mtime_ns)
         try:
             content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
         except Exception as error:  # whatever a broken pickle raises
@@ -190,6 +195,29 @@ class TorchReader:
         dtype = self.dtype(key)
         # By way of a type that numpy has.
         return part.view(self._bytes[dtype.itemsize]).numpy().view(dtype)
+
+
+@functools.lru_cache
+def _check_sums(file: Path, size: int, changed_ns: int) -> None:
+    """Compares the checksums of a zip file, which PyTorch does not; once, for a file of this size and time of change.
+
+    Raises:
+        UserError: one is wrong.
+    """
+    del changed_ns
+    bar = tqdm(
+        total=size, unit="B", unit_scale=True, desc=f"check {file.name}", disable=None if size > 1 << 30 else True
+    )
+    with (
+        refuse_damage(f"{file}: expected a state dict of tensors as it was written"),
+        bar,
+        zipfile.ZipFile(file) as content,
+    ):
+        # PyTorch can be told to write none.
+        for entry in (e for e in content.infolist() if e.CRC):
+            with content.open(entry) as stream:
+                while block := stream.read(1 << 24):
+                    bar.update(len(block))
 
 
 def _state_dict(file: Path, content: Any, kind: type) -> dict[str, Any]:
@@ -358,12 +386,16 @@ def _resolve(source: Path) -> dict[Path, set[str]]:
     if not source.name.endswith(".index.json"):
         return {source: set()}
     try:
-        weight_map = json.loads(source.read_text())["weight_map"]
-        owned: dict[str, set[str]] = {}
-        for key, name in weight_map.items():
-            owned.setdefault(str(Path(name)), set()).add(key)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{source}: expected a JSON object with a weight_map ({error})") from None
+        weight_map = read_json(source).get("weight_map")
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and "\0" not in name for name in weight_map.values()
+    ):
+        raise UserError(f"{source}: expected a JSON object with a weight_map, the file of every tensor")
+    owned: dict[str, set[str]] = {}
+    for key, name in weight_map.items():
+        owned.setdefault(str(Path(name)), set()).add(key)
     if not owned:
         raise UserError(f"{source}: its weight_map is empty, expected the file of every tensor")
     files = {}

@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 from convert import arcface, dit, scrfd, umt5, vae
 from convert.mapping import LazyArray, whole
 from convert.streaming import failures_once, streaming_handler
-from rfl_jax.errors import UserError, first_line
+from rfl_jax.errors import UserError, refuse_damage
 from rfl_jax.files import absolute, array_handler
 from rfl_jax.models.lora import LoraConfig
 from rfl_jax.models.umt5 import UMT5Config
@@ -29,6 +29,7 @@ from rfl_jax.rewards.scrfd import BlockSpec, ConvSpec, PoolSpec, SCRFDConfig
 SAFETENSORS = {"dit": dit.COMPONENT, "vae": vae.COMPONENT, "umt5": umt5.COMPONENT}
 ONNX = {"arcface": arcface.COMPONENT, "scrfd": scrfd.COMPONENT}
 KINDS = (*SAFETENSORS, *ONNX)
+WRITTEN = "expected weights written by python -m convert"
 CAST_TO = ("float32", "bfloat16", "float16")  # dtypes that weights can be cast to
 CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "arcface": IResNetConfig, "lora": LoraConfig}
 LAYERS = {kind.__name__: kind for kind in (ConvSpec, PoolSpec, BlockSpec)}
@@ -118,15 +119,13 @@ def read_description(directory: str) -> dict[str, Any]:
     Raises:
         UserError: they are none.
     """
-    try:
+    with refuse_damage(f"{directory}: {WRITTEN}"):
         with _reader() as checkpointer:
             items = ocp.args.Composite(description=ocp.args.JsonRestore())
             content = checkpointer.restore(absolute(directory), items).description
         return {"kind": content["component"], "origin": {}, **content} | {
             "cfg": _from_json(content["component"], content["config"])
         }
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{directory}: expected weights written by python -m convert ({first_line(error)})") from None
 
 
 def restore(directory: str, dtype: str | None = None, places: Mapping[str, Sharding] | None = None) -> dict[str, Any]:
@@ -148,21 +147,19 @@ def restore(directory: str, dtype: str | None = None, places: Mapping[str, Shard
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=stored)
         return ocp.ArrayRestoreArgs(sharding=places[path[0].key], dtype=stored)
 
-    try:
-        with _reader() as checkpointer:
-            path = absolute(directory)
-            found = checkpointer.metadata(path).item_metadata["weights"].tree
-            items = ocp.args.PyTreeRestore(found, restore_args=jax.tree_util.tree_map_with_path(wanted, found))
-            return checkpointer.restore(path, ocp.args.Composite(weights=items)).weights
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{directory}: expected weights written by python -m convert ({first_line(error)})") from None
+    with refuse_damage(f"{directory}: {WRITTEN}"), _reader() as checkpointer:
+        path = absolute(directory)
+        found = checkpointer.metadata(path).item_metadata["weights"].tree
+        items = ocp.args.PyTreeRestore(found, restore_args=jax.tree_util.tree_map_with_path(wanted, found))
+        return checkpointer.restore(path, ocp.args.Composite(weights=items)).weights
 
 
 def stored_arrays(directory: str) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every array of converted weights; nothing else is read."""
-    with _reader() as checkpointer:
-        tree = checkpointer.metadata(absolute(directory)).item_metadata["weights"].tree
-    return {name: (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for name, leaf in tree.items()}
+    with refuse_damage(f"{directory}: {WRITTEN}"):
+        with _reader() as checkpointer:
+            tree = checkpointer.metadata(absolute(directory)).item_metadata["weights"].tree
+        return {name: (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for name, leaf in tree.items()}
 
 
 def describe(kind: str, sources: list[str]) -> Any:

@@ -47,5 +47,7 @@ def infer_config(shapes: Shapes, hints: dict) -> UMT5Config:
     )  # fmt: skip
 
 
-COMPONENT = Component(UMT5Encoder, "UMT5", NAMINGS, naming, infer_config, hint_names=("max_distance", "eps"))
+COMPONENT = Component(
+    UMT5Encoder, "UMT5", NAMINGS, naming, infer_config, hint_kinds={"max_distance": int, "eps": float}
+)
 load = COMPONENT.load

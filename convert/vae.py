@@ -185,5 +185,5 @@ def infer_config(shapes: Shapes, hints: dict) -> VAEConfig:
     return VAEConfig(preset.version, dim, decoder_dim, z_dim, tuple(mean), tuple(std))
 
 
-COMPONENT = Component(VAE, "VAE", NAMINGS, naming, infer_config, hint_names=("latents_mean", "latents_std"))
+COMPONENT = Component(VAE, "VAE", NAMINGS, naming, infer_config, hint_kinds={"latents_mean": list, "latents_std": list})
 load = COMPONENT.load

@@ -19,6 +19,7 @@ from rfl_jax.config import Config, check_keys, config_file, default_text, groupe
 from rfl_jax.errors import UserError, did_you_mean, failure, first_line, is_full, refuse_in_one_line
 from rfl_jax.files import aside
 from rfl_jax.programs import keep_compiled_programs
+from rfl_jax.supervisor import supervise
 from rfl_jax.terminal import BOLD, styled
 
 HELP = {"-h", "--h", "-help", "--help"}
@@ -115,6 +116,32 @@ def _wrapped(text: str, indent: int = 0) -> str:
     )
 
 
+def _host_lost(line: str) -> str:
+    return (
+        f"another host of this run stopped, or the connection to it ({line[:160]}); "
+        "the same command on all hosts goes on from the last checkpoint"
+    )
+
+
+def _reason(error: Exception, distributed: bool) -> str:
+    """What ended a command though it made no mistake and its inputs were good, if that is not said elsewhere."""
+    line = first_line(error)[:160]
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        if "compile option" in line or "While setting option" in line:
+            raise UserError(f"config.compiler_options: {line}") from None
+        if "RESOURCE_EXHAUSTED" in line:
+            return f"out of memory ({line}); python -m rfl_jax.plan says what takes it, and what would fit"
+        # What a collective says when its other end is gone depends on the transport; these are no such thing.
+        if distributed and not line.startswith(("INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND")):
+            return _host_lost(line)
+        return ""
+    # Where a collective is only being started its failure is a ValueError.
+    if distributed and isinstance(error, ValueError) and "Gloo" in line:
+        return _host_lost(line)
+    # It may be this host's alone.
+    return failure(error) if distributed else ""
+
+
 def run(main: Callable[[], None], command: str) -> None:
     """Runs a command; bad flags and bad inputs end in one line and exit status 2, `--help` in its text and status 0."""
     if not HELP.isdisjoint(sys.argv[1:]):
@@ -144,23 +171,14 @@ def run(main: Callable[[], None], command: str) -> None:
     def guarded(_: list[str]) -> None:
         distributed = "distributed" in flags.FLAGS and flags.FLAGS.distributed
         if distributed:
+            if ended := supervise():
+                status, lost = ended
+                if lost:
+                    print(f"{command}: {_host_lost(lost)}", file=sys.stderr, flush=True)
+                sys.exit(status)
             hosts.join()
         try:
             main()
-        except jax.errors.JaxRuntimeError as error:
-            line = first_line(error)[:160]
-            if "compile option" in line or "While setting option" in line:
-                raise UserError(f"config.compiler_options: {line}") from None
-            if "RESOURCE_EXHAUSTED" in line:
-                reason = f"out of memory ({line}); python -m rfl_jax.plan says what takes it, and what would fit"
-            # What a collective says when its other end is gone depends on the transport; these are no such thing.
-            elif distributed and not line.startswith(("INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND")):
-                reason = (
-                    f"another host of this run stopped, or the connection to it ({line}); "
-                    "the same command on all hosts goes on from the last checkpoint"
-                )
-            else:
-                raise
         except UserError:
             if distributed:
                 # Where the others found nothing to refuse, an orderly end would wait for them.
@@ -169,9 +187,8 @@ def run(main: Callable[[], None], command: str) -> None:
                 end.start()
             raise
         except Exception as error:
-            reason = failure(error)
-            # It may be this host's alone.
-            if not (distributed and reason):
+            reason = _reason(error, distributed)
+            if not reason:
                 raise
         else:
             return

@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
+import inspect
 import os
 import re
 import sys
@@ -77,6 +79,35 @@ def storage_fault(error: BaseException) -> str:
         if type(one).__module__.startswith(NETWORK) or (STATUS.match(text) and "://" in text):
             return f"the network failed ({first_line(one)[:200]})"
     return ""
+
+
+@contextlib.contextmanager
+def refuse_damage(expected: str) -> Iterator[None]:
+    """Turns whatever a library raises that reads a damaged file into a `UserError` of this beginning. What a disk or a bucket
+    refuses remains what it is, and so does what this program refuses itself.
+    """
+    _ignore_late_readers()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if storage_fault(error) or type(error).__name__ == "JaxRuntimeError":  # of the devices
+            raise
+        raise UserError(f"{expected} ({first_line(error)[:200]})") from None
+
+
+@functools.cache
+def _ignore_late_readers() -> None:
+    """Keeps reads that go on behind one that failed from telling, one by one, that nobody waits for them any more."""
+    told = sys.unraisablehook
+
+    def tell(ignored: Any) -> None:
+        closed = isinstance(ignored.exc_value, RuntimeError) and str(ignored.exc_value) == "Event loop is closed"
+        if not (closed or inspect.iscoroutine(ignored.object)):
+            told(ignored)
+
+    sys.unraisablehook = tell
 
 
 def failure(error: BaseException) -> str:

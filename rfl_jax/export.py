@@ -65,6 +65,9 @@ def read_run(folder: RunFolder, step: str = "", network: str = "") -> Trained:
     """
     checkpoint = find_checkpoint(folder, step)
     config = folder.read_config()
+    preset, rank = config.get("preset"), config.get("lora_rank")
+    if type(preset) is not str or type(rank) is not int:
+        raise UserError(f"{folder.config}: preset={preset!r}, lora_rank={rank!r}, expected the configuration of a run")
     trained = trained_networks(checkpoint)
     networks = [name for name in trained if name in NETWORKS]
     if not networks or (network and network not in networks):
@@ -74,13 +77,13 @@ def read_run(folder: RunFolder, step: str = "", network: str = "") -> Trained:
     network = network or networks[0]
     arrays = read_network(checkpoint, network)
     metadata = {
-        "base_model": config["preset"],
+        "base_model": preset,
         "network": network,
         "step": checkpoint.name,
         "config_sha256": hashlib.sha256(folder.config.read_bytes()).hexdigest(),
     }
     if is_adapters(arrays):
-        metadata |= {"rank": str(config["lora_rank"]), "alpha": str(config["lora_rank"])}
+        metadata |= {"rank": str(rank), "alpha": str(rank)}
     score = _score(folder, int(checkpoint.name))
     if score is not None:
         metadata["face_score"] = f"{score:.6f}"
@@ -89,10 +92,10 @@ def read_run(folder: RunFolder, step: str = "", network: str = "") -> Trained:
 
 def _score(folder: RunFolder, step: int) -> float | None:
     """The reward of a step."""
-    lines = folder.metrics.read_text().splitlines(keepends=True) if folder.metrics.exists() else []
-    # The last line may be on its way while training runs.
-    whole = (json.loads(line) for line in lines if line.endswith("\n"))
-    return next((line["face_score"] for line in whole if line["step"] == step), None)
+    score = next((line.get("face_score") for _, line in folder.read_lines() if line["step"] == step), None)
+    if not isinstance(score, float | None):
+        raise UserError(f"{folder.metrics}: face_score of step {step}: {score!r}, expected a number")
+    return score
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -129,7 +129,7 @@ def _from_bucket(source: epath.Path) -> list[str]:
             names.append("config.json")
         for name in names:
             _copy_once(source.parent / name, base / name)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, RecursionError) as error:
         if is_full(error):
             raise
         raise UserError(f"{source}: cannot be fetched ({first_line(error)})") from None

@@ -1,14 +1,20 @@
 """Files in local folders and in buckets (`gs://`), written whole or not at all."""
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import fsspec
 import orbax.checkpoint as ocp
 from etils import epath
+
+from rfl_jax.errors import UserError, first_line
+
+Json = TypeVar("Json")
 
 # Endings of the files that PyTorch pickles.
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
@@ -40,6 +46,32 @@ def files_below(path: epath.Path) -> list[epath.Path]:
     if not path.is_dir():
         return [path]
     return [file for child in sorted(path.iterdir()) for file in files_below(child)]
+
+
+def parse_json(text: str | bytes, what: str, kind: type[Json] = dict) -> Json:
+    """The value of a JSON text, which is an object by default.
+
+    Args:
+        text: to be read.
+        what: begins the message: the file, or the place in it.
+        kind: of the value, `dict` or `list`.
+
+    Raises:
+        UserError: it is no JSON, or of another kind.
+    """
+    expected = f"{what}: expected a JSON {'list' if kind is list else 'object'}"
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # RecursionError: nested deeper than the parser goes
+        raise UserError(f"{expected} ({first_line(error)})") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{expected}, found {type(value).__name__}")
+    return value
+
+
+def read_json(file: Path | epath.Path, kind: type[Json] = dict) -> Json:
+    """The value of a JSON file; raises as `parse_json` does, or OSError."""
+    return parse_json(file.read_bytes(), str(file), kind)
 
 
 def absolute(path: str | epath.Path) -> epath.Path:

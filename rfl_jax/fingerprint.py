@@ -59,7 +59,7 @@ def files_of(root: epath.Path) -> list[epath.Path]:
     files = [root]
     if root.name.endswith(".index.json"):
         # What is wrong with an index is its reader's to say.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             names = sorted(set(json.loads(root.read_text())["weight_map"].values()))
             files += [root.parent / name for name in names if stays_below(name)]
     beside = ["adapter_config.json", "config.json"] if root.name.endswith(WEIGHTS) else []

@@ -1,7 +1,6 @@
 """The folder of a run: what lies where in it, and what training left there."""
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -9,9 +8,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rfl_jax.errors import UserError
-from rfl_jax.files import absolute, array_handler
+from rfl_jax.errors import UserError, refuse_damage
+from rfl_jax.files import absolute, array_handler, parse_json, read_json
 
+UNREADABLE = "cannot be read, expected a checkpoint as it was written"
 BEST = "best"  # names the checkpoint that validation judged best, where a step's number could stand
 
 
@@ -118,10 +118,25 @@ class RunFolder:
         """
         if not self.exists():
             raise UserError(f"{self.path}: expected the folder of a run, with its {self.config.name}")
-        try:
-            return json.loads(self.config.read_text())
-        except ValueError as error:
-            raise UserError(f"{self.config}: expected JSON ({error})") from None
+        return read_json(self.config)
+
+    def read_lines(self) -> list[tuple[str, dict[str, Any]]]:
+        """Lines of metrics.jsonl as they are written, and what they say; none where there is no such file. A last line that
+        is not ended is left out: a full disk cut it off, or it is on its way while training runs.
+
+        Raises:
+            UserError: a line is no JSON object with the number of its step.
+        """
+        if not self.metrics.exists():
+            return []
+        lines = []
+        for number, line in enumerate(self.metrics.read_bytes().split(b"\n")[:-1], 1):
+            where = f"{self.metrics}: line {number}"
+            content = parse_json(line, where)
+            if type(content.get("step")) is not int:
+                raise UserError(f"{where}: expected the number of a step, found {content.get('step')!r}")
+            lines.append((line.decode(), content))
+        return lines
 
 
 def _steps(checkpoints: epath.Path) -> list[int]:
@@ -162,13 +177,13 @@ def find_checkpoint(folder: RunFolder, step: str = "") -> epath.Path:
 
 def trained_networks(checkpoint: epath.Path) -> list[str]:
     """Networks that a checkpoint holds weights or adapters for."""
-    with ocp.Checkpointer(array_handler()) as checkpointer:
+    with refuse_damage(f"{checkpoint}: {UNREADABLE}"), ocp.Checkpointer(array_handler()) as checkpointer:
         return sorted(checkpointer.metadata(checkpoint / "state").item_metadata.tree["params"])
 
 
 def read_network(checkpoint: epath.Path, network: str) -> dict[str, np.ndarray]:
     """The trained arrays of one network by dotted path; those of other networks are not read."""
-    with ocp.Checkpointer(array_handler()) as checkpointer:
+    with refuse_damage(f"{checkpoint}: {UNREADABLE}"), ocp.Checkpointer(array_handler()) as checkpointer:
         tree = checkpointer.metadata(checkpoint / "state").item_metadata.tree
         wanted = {"params": {network: tree["params"][network]}}
         restored = checkpointer.restore(

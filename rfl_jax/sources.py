@@ -1,7 +1,6 @@
 """Where a run's weights are: the original's `model_paths`, or files fetched from the Hugging Face hub."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from etils import epath
@@ -9,6 +8,7 @@ from etils import epath
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
 from rfl_jax.fetch import fetch
+from rfl_jax.files import parse_json
 from rfl_jax.models.wan.config import DIT_PRESETS
 
 ORDER = ("high_noise_model", "low_noise_model", "text encoder", "vae")
@@ -74,19 +74,17 @@ def _paths(text: str) -> list[list[str]]:
     if not text.lstrip().startswith("["):
         where = text
         try:
-            text = Path(text).read_text()
-        except OSError:
+            return _entries(Path(text).read_bytes(), where)
+        except (OSError, ValueError):  # ValueError: a NUL byte in a path
             raise UserError(
                 f"config.model_paths: {where}: no such file, expected a JSON list or a file of one"
             ) from None
-    try:
-        entries = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: expected a JSON list ({error})") from None
-    if not isinstance(entries, list):
-        raise UserError(f"{where}: expected a JSON list")
+    return _entries(text, where)
+
+
+def _entries(text: str | bytes, where: str) -> list[list[str]]:
     out = []
-    for entry in entries:
+    for entry in parse_json(text, where, list):
         files = entry if isinstance(entry, list) else [entry]
         if not files or not all(isinstance(f, str) for f in files):
             raise UserError(f"{where}: {entry!r}: expected a path or a list of paths")

@@ -94,7 +94,7 @@ CASES = {
     "wrong shape": (lambda p: changed(p, transposed), "head.head.weight has shape"),
     "missing shard": (missing_shard, "shard absent.safetensors is missing"),
     "shard outside the folder": (shard_outside, "lies outside the folder"),
-    "broken index": (bad_index, "expected a JSON object with a weight_map"),
+    "broken index": (bad_index, "index.json: expected a JSON object ("),
     "absent file": (lambda p: ("vae", p / "none.safetensors"), "none.safetensors: no such file or folder"),
     "empty folder": (lambda p: ("vae", p), "expected one .safetensors file"),
     "another network": (lambda p: ("umt5", ASSETS / "vae" / VAE_FILE), "missing tensor for embedding"),

@@ -1,13 +1,16 @@
 """Prepared clips as files: one npz a clip, one for each of its noises after the frozen prefix."""
 
+import contextlib
 import dataclasses
 import io
 import zipfile
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from etils import epath
 
 from rfl_jax.data.metadata import Clip
+from rfl_jax.errors import refuse_damage
 from rfl_jax.files import write_whole
 
 ClipArrays = dict[str, np.ndarray]
@@ -27,12 +30,13 @@ class PreparedClip:
     file: epath.Path
     prefix: tuple[epath.Path, ...] = ()
 
-    def load(self) -> ClipArrays:
-        return read_arrays(self.file)
+    def load(self, names: Collection[str] = ()) -> ClipArrays:
+        """Its arrays, those of these names among them; raises as `read_arrays` does."""
+        return read_arrays(self.file, names)
 
     def load_prefix(self, index: int) -> np.ndarray:
         """Latents [t, h, w, c] of one noise."""
-        return read_arrays(self.prefix[index])["latents"]
+        return read_arrays(self.prefix[index], ("latents",))["latents"]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -41,17 +45,41 @@ class PreparedClip:
         return frames, rows, columns
 
 
-def read_arrays(file: epath.Path) -> ClipArrays:
-    """The content of an npz."""
-    with np.load(io.BytesIO(file.read_bytes())) as content:
-        return dict(content)
+def read_arrays(file: epath.Path, names: Collection[str]) -> ClipArrays:
+    """The content of an npz, whose checksums are compared.
+
+    Args:
+        file: to be read.
+        names: of arrays that have to be in it.
+
+    Raises:
+        UserError: it is damaged, or lacks one of them.
+    """
+    with _whole(file), zipfile.ZipFile(io.BytesIO(file.read_bytes())) as content:
+        # An entry's checksum is compared at its end, which the reader of an array may not come to.
+        entries = {entry.removesuffix(".npy"): content.read(entry) for entry in content.namelist()}
+        if missing := sorted(set(names) - entries.keys()):
+            raise ValueError(f"without {', '.join(missing)}")
+        return {name: np.load(io.BytesIO(data), allow_pickle=False) for name, data in entries.items()}
 
 
 def read_shape(file: epath.Path, name: str) -> tuple[int, ...]:
-    """The shape of one array of an npz."""
-    with file.open("rb") as stream, zipfile.ZipFile(stream) as content, content.open(f"{name}.npy") as entry:
+    """The shape of one array of an npz; raises as `read_arrays` does."""
+    with (
+        _whole(file),
+        file.open("rb") as stream,
+        zipfile.ZipFile(stream) as content,
+        content.open(f"{name}.npy") as entry,
+    ):
         np.lib.format.read_magic(entry)
         return np.lib.format.read_array_header_1_0(entry)[0]
+
+
+@contextlib.contextmanager
+def _whole(file: epath.Path) -> Iterator[None]:
+    """Turns whatever a damaged npz raises into `UserError`."""
+    with refuse_damage(f"{file}: expected a prepared clip as it was written; without it, it is prepared anew"):
+        yield
 
 
 def write_arrays(file: epath.Path, values: ClipArrays) -> None:

@@ -54,7 +54,7 @@ def make_iterator(
         epoch = position // len(clips)
         index = epoch % noises if noises else epoch
         clip = clips[number]
-        values = clip.load()
+        values = clip.load(names)
         arrays = {"clip": np.array(number, np.int32), "noise_index": np.array(index, np.int32)}
         arrays |= {name: values[name] for name in names}
         return arrays | ({"prefix": clip.load_prefix(index)} if clip.prefix else {})

@@ -180,11 +180,15 @@ def read_image(path: Path | str) -> Image.Image:
         UserError: no such file, not a whole picture, pixels of 32 bits (whose white is unknown), or too large.
     """
     try:
-        # Pillow refuses what is twice as large as what it warns of.
+        # Pillow warns of what it can do without; what is twice as large as what it warns of it refuses.
         with (
-            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),
+            warnings.catch_warnings(action="ignore"),
             Image.open(path) as image,
         ):
+            if image.format == "PNG":
+                # Its checksums are not looked at otherwise; what was looked at cannot be decoded.
+                with Image.open(path) as other:
+                    other.verify()
             upright = ImageOps.exif_transpose(image)
             if upright.mode in ("I", "F") or (upright.mode.startswith("I;16") and upright.has_transparency_data):
                 raise UserError(f"{path}: pixels of mode {upright.mode}, expected 8 or 16 bits a channel")

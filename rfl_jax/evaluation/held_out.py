@@ -96,8 +96,9 @@ class HeldOut:
             numbers: from `in_batches`.
         """
         rows = filled(numbers, self._batches.micro)
-        loaded = [self.clips[i].load() for i in rows]
-        arrays = {name: np.stack([x[name] for x in loaded]) for name in (*self._batches.names, "judge_pool")}
+        names = (*self._batches.names, "judge_pool")
+        loaded = [self.clips[i].load(names) for i in rows]
+        arrays = {name: np.stack([x[name] for x in loaded]) for name in names}
         if self.clips[rows[0]].prefix:
             arrays["prefix"] = np.stack([self.clips[i].load_prefix(0) for i in rows])
         arrays["clip"] = np.array(rows, np.int32)
@@ -112,8 +113,9 @@ class HeldOut:
         """The real clip, scored against its own faces."""
         clip = self.clips[number]
         video = read_clip(clip.clip.video, **clip_settings(self._cfg))[None]
-        arrays = clip.load()
-        pools = (arrays[name][None] for name in ("pool", "judge_pool"))
+        names = ("pool", "judge_pool")
+        arrays = clip.load(names)
+        pools = (arrays[name][None] for name in names)
         with jax.set_mesh(self._batches.mesh):
             score, judged = self._score(self._frozen.rest["reward"], self._judge, video, *pools)
         return _scored(video, score, judged)[0]

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import io
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from PIL import Image
 
 from rfl_jax.data.videos import encode_video
 from rfl_jax.errors import UserError
-from rfl_jax.files import stays_below
+from rfl_jax.files import read_json, stays_below
 from rfl_jax.runs import RunFolder
 
 # Larger videos are scaled down and encoded anew for the page.
@@ -81,7 +80,7 @@ def read_run(folder: RunFolder) -> Run:
         folder,
         config,
         _json(folder.about) or {},
-        _lines(folder.metrics),
+        [line for _, line in folder.read_lines()],
         _json(folder.validation),
         evaluation,
         _json(folder.profile),
@@ -89,24 +88,7 @@ def read_run(folder: RunFolder) -> Run:
 
 
 def _json(file: epath.Path) -> dict[str, Any] | None:
-    if not file.exists():
-        return None
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: expected JSON ({error})") from None
-
-
-def _lines(file: epath.Path) -> list[dict[str, Any]]:
-    """All whole lines: the last may be on its way while training runs."""
-    if not file.exists():
-        return []
-    text = file.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UserError(f"{file}: expected a JSON object a line ({error})") from None
+    return read_json(file) if file.exists() else None
 
 
 def embed(file: epath.Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from rfl_jax.config import Config, plain
+from rfl_jax.errors import refuse_damage
 from rfl_jax.evaluation import plots
 from rfl_jax.evaluation.measures import MEASURES
 from rfl_jax.reporting.collect import Run, changed, embed
@@ -24,7 +25,17 @@ def render(run: Run, *, most: int) -> str:
     Args:
         run: as it is now.
         most: clips in the gallery, those that training helped least first.
+
+    Raises:
+        UserError: its files do not say what a run writes there, or name a video that is not there.
     """
+    with refuse_damage(
+        f"{run.folder}: expected run.json, metrics.jsonl, validation.json and evaluation.json as it wrote them"
+    ):
+        return _render(run, most)
+
+
+def _render(run: Run, most: int) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rfl_jax.reporting", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

@@ -147,7 +147,7 @@ def _fill_cache(
         # Clips of one size go together.
         for group in in_batches(missing, [shapes[number] for number, _ in missing], batches.samples):
             rows = filled(group, batches.samples)
-            loaded = {number: clips[number].load() for number in {number for number, _ in rows}}
+            loaded = {number: clips[number].load(INPUTS) for number in {number for number, _ in rows}}
             arrays = {name: np.stack([loaded[number][name] for number, _ in rows]) for name in INPUTS}
             arrays["clip"], arrays["noise_index"] = np.array(rows, np.int32).T
             with jax.set_mesh(mesh):

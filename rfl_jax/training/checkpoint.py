@@ -8,8 +8,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rfl_jax.errors import UserError, first_line
+from rfl_jax.errors import UserError, refuse_damage
 from rfl_jax.files import absolute, array_handler
+from rfl_jax.runs import UNREADABLE
 from rfl_jax.training.state import TrainState
 
 
@@ -33,12 +34,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
     def latest(self) -> int | None:
         """The last step that was written whole."""
         return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Until all are written."""
+        self._manager.wait_until_finished()
 
     def forget_after(self, step: int) -> None:
         """Removes checkpoints of later steps."""
@@ -63,7 +68,9 @@ class Checkpoints:
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         # Compared before anything is read: a read that fails leaves others running behind it.
-        found, expected = _shapes(self._manager.item_metadata(step)["state"].tree), _shapes(abstract)
+        with refuse_damage(f"{self._directory}/{step}: {UNREADABLE}"):
+            found = _shapes(self._manager.item_metadata(step)["state"].tree)
+        expected = _shapes(abstract)
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
                 raise UserError(
@@ -74,11 +81,12 @@ class Checkpoints:
             state=ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract)),
             run=ocp.args.JsonRestore(),
         )
-        try:
+        with refuse_damage(f"{self._directory}/{step}: {UNREADABLE}"):
             values = self._manager.restore(step, args=items)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(f"{self._directory}/{step}: cannot be read ({first_line(error)[:200]})") from None
-        return values["state"], np.array(values["run"]["key"], np.uint32), values["run"]
+            key = np.array(values["run"]["key"], np.uint32)
+            if key.shape != np.shape(jax.random.key_data(jax.random.key(0))):
+                raise ValueError(f"a random key of shape {key.shape}")
+        return values["state"], key, values["run"]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

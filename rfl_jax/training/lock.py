@@ -16,13 +16,16 @@ from typing import Any
 
 from rfl_jax import hosts
 from rfl_jax.errors import RunError, UserError
-from rfl_jax.files import is_remote, write_whole
+from rfl_jax.files import is_remote, read_json, write_whole
 from rfl_jax.runs import RunFolder
 
 # How often the holder says that it lives.
 BEAT_S = 10.0
 # A holder on another host that says nothing for so long is gone.
 SILENCE_S = 45.0
+# What a lock says of its holder, and the largest number that Linux gives a process.
+HOLDER = {"host": str, "pid": int, "born": str, "place": str, "token": str, "beat": int}
+MOST_PROCESSES = 1 << 22
 # How long a process that takes a lock in a bucket waits for one that took it in the same moment.
 SETTLE_S = 3.0
 
@@ -183,12 +186,13 @@ class Lock:
     def _holder(self) -> dict[str, Any]:
         """What the lock says; empty if there is none."""
         try:
-            found = json.loads(self._file.read_text())
-            return found if {"host", "pid", "born", "place", "token", "beat"} <= found.keys() else {}
+            found = read_json(self._file)
         except FileNotFoundError:
             return {}
-        except (ValueError, AttributeError):  # of something else, which nobody writes any more
+        except UserError:  # of something else, which nobody writes any more
             return {}
+        written = {name: kind for name, kind in HOLDER.items() if type(found.get(name)) is kind}
+        return found if written == HOLDER and 0 < found["pid"] < MOST_PROCESSES else {}
 
     def _write(self) -> None:
         self._beats += 1

@@ -8,7 +8,7 @@ import grain
 import jax
 from etils import epath
 
-from rfl_jax.errors import UserError
+from rfl_jax.errors import UserError, refuse_damage
 from rfl_jax.hosts import is_writer, random_key
 from rfl_jax.runs import RunFolder
 from rfl_jax.training.changes import compare_rows
@@ -128,7 +128,8 @@ def _restored(run: Run, checkpoints: Checkpoints, step: int, *, own: bool) -> Pr
     change = compare_rows(clips, order.clips, [clip.clip.number for clip in run.inputs.clips.training])
     moved = samples != order.samples or bool(change and change.moved)
     if not moved:
-        data.set_state(place["data"])
+        with refuse_damage(f"{run.cfg.file_name}: step {step} was at another place of the data"):
+            data.set_state(place["data"])
     if change and is_writer():
         then = "weights and optimizer go on, the clips begin anew" if moved else "the epoch goes on in its order"
         print(f"{run.cfg.file_name}: since step {step}: {change.text}; {then}", file=sys.stderr)

@@ -135,10 +135,7 @@ class Record(Silent):
         self._file = folder.metrics
         self._lines = []
         if self._file.exists():
-            # What a full disk cut off is not ended by a line break.
-            whole = self._file.read_text().splitlines(keepends=True)
-            whole = [line.rstrip() for line in whole if line.endswith("\n")]
-            self._lines = [line for line in whole if json.loads(line)["step"] <= start]
+            self._lines = [text for text, line in folder.read_lines() if line["step"] <= start]
             self._rewrite()
         # Events are written locally and copied into a bucket from time to time: they grow, objects do not.
         self._remote = folder.tensorboard if is_remote(folder.path) else None

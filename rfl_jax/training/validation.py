@@ -5,10 +5,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from rfl_jax.config import Config, EvalSection
+from rfl_jax.errors import UserError
 from rfl_jax.evaluation.held_out import HeldOut
 from rfl_jax.evaluation.measures import means
-from rfl_jax.files import write_whole
+from rfl_jax.files import read_json, write_whole
 from rfl_jax.hosts import is_writer
 from rfl_jax.networks.parts import States
 from rfl_jax.runs import RunFolder
@@ -53,6 +56,22 @@ def without_progress(scores: Sequence[float]) -> int:
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
 
+def _read(file: epath.Path) -> dict[str, Any]:
+    """A validation.json.
+
+    Raises:
+        UserError: it is not as a run writes it.
+    """
+    found = read_json(file)
+    entries = found.get("validations")
+    measured = [found.get("base"), *entries] if isinstance(entries, list) else []
+    known = [x for x in measured if isinstance(x, dict) and all(type(x.get(name)) is float for name in VALIDATED)]
+    named = all(type(x.get("step")) is int and type(x.get("alarm")) is str for x in known[1:])
+    if not known or len(known) != len(measured) or not named or not isinstance(found.get("clips"), list):
+        raise UserError(f"{file}: expected clips, base and validations with their measures, as a run writes them")
+    return found
+
+
 class Validation:
     """The validations of a run. Its record, validation.json, survives an interruption.
 
@@ -76,7 +95,7 @@ class Validation:
         clips = [clip.file.name for clip in self.held_out.clips[: self._cfg.eval.validation_samples]]
         self._record: dict[str, Any] = {"clips": clips, "base": None, "validations": []}
         if self._file.exists():
-            found = json.loads(self._file.read_text())
+            found = _read(self._file)
             # Measures of other clips, or of clips prepared in another way, cannot be compared with.
             if found["clips"] == clips:
                 kept = [entry for entry in found["validations"] if entry["step"] <= start]
@@ -113,7 +132,11 @@ class Validation:
         return {} if stopping or progress.step % self._cfg.eval_every else self._validate(progress)
 
     def make_up(self, progress: Progress) -> dict[str, Any]:
-        """The validation that an interruption did not wait for; empty if none is missing."""
+        """The validation that an interruption did not wait for; empty if none is missing. The best checkpoint is written
+        where it is this step's and was lost.
+        """
+        if self.best_step == progress.step:
+            progress.save(self._best)
         due = progress.step > 0 and progress.step % self._cfg.eval_every == 0
         known = any(entry["step"] == progress.step for entry in self.entries)
         return self._validate(progress) if due and not known else {}
@@ -128,6 +151,8 @@ class Validation:
         self.entries.append({"step": progress.step, **measures, "alarm": warning})
         if self.best_step == progress.step:
             progress.save(self._best)
+            # The record must not name what a sudden end keeps from being written.
+            self._best.wait()
         if is_writer():
             write_whole(self._file, json.dumps({**self._record, "best_step": self.best_step}, indent=1) + "\n")
         shown = "  ".join(f"{name} {measures[name]:.4f}" for name in VALIDATED)

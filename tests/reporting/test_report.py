@@ -289,6 +289,9 @@ def test_what_is_no_run_is_refused_in_one_line(folder, tmp_path):
     (folder / "evaluation.json").write_text(json.dumps({"face_sim": {"base": 1, "tuned": 1}, "clips": []}))
     with pytest.raises(UserError, match=r"expected statistics, .* rfl_jax\.evaluate"):
         read_run(RunFolder(folder))
+    (folder / "evaluation.json").write_text(json.dumps({"statistics": 3, "clips": []}))
+    with pytest.raises(UserError, match=r"expected run\.json, .* as it wrote them"):
+        render(read_run(RunFolder(folder)), most=CLIPS)
     (folder / "evaluation.json").write_text("{")
-    with pytest.raises(UserError, match=r"evaluation\.json: expected JSON"):
+    with pytest.raises(UserError, match=r"evaluation\.json: expected a JSON object"):
         read_run(RunFolder(folder))
