@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from rfl_jax.miniature.data import draw_clips
 from rfl_jax.miniature.world import ASSETS, DIT_FILES, T5_FILE, VAE_FILE
+from tests import COMPILER
 
 BUCKET = "runs"
 FILL = """
@@ -108,7 +109,8 @@ def bucket(way):
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 assert server.poll() is None, "the bucket's server ended"
                 time.sleep(0.1)
-        yield {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        yield os.environ | {
+            "XLA_FLAGS": COMPILER,
             "STORAGE_EMULATOR_HOST": url,
             "TENSORSTORE_GCS_HTTP_URL": url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "fake",

@@ -14,6 +14,7 @@ from absl import flags
 from rfl_jax import cli
 from rfl_jax.config import parse
 from rfl_jax.data.videos import first_frame
+from tests import COMPILER
 from tests.documentation import PAGES, ROOT, blocks, commands, ours
 from tests.test_config import ROLL
 
@@ -112,7 +113,7 @@ def test_commands_run_in_the_order_of_the_pages(folder, clip_folder):
     first_frame(clip_folder / "clip_000.mp4").save("face.png")
     (folder / "rows.csv").write_text("prompt,image,seed\nA person nods.,face.png,3\nA person smiles.,face.png,4\n")
     # As a user has it: one device, not the tests' eight.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": COMPILER}
     done = set()
     for block in blocks("bash", "python"):
         if block.why:

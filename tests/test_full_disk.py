@@ -20,6 +20,7 @@ from rfl_jax.runs import RunFolder
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.record import Board
 from rfl_jax.training.state import TrainState
+from tests import COMPILER
 from tests.runs import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +115,7 @@ def leave(disk, room):
 
 def test_every_command_goes_on_when_there_is_room(small_disk, clip_folder):
     subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": COMPILER}
     run, lora, merged = (small_disk / name for name in ("run", "lora.safetensors", "merged.safetensors"))
     options = [
         "--config=configs/mini.py", f"--config.file_name={clip_folder / 'metadata.csv'}", f"--workdir={run}",

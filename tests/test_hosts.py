@@ -1,4 +1,4 @@
-"""Two processes with four devices each do what one process with eight does; one that dies ends the other."""
+"""Two processes with two devices each do what one process with four does; one that dies ends the other."""
 
 import json
 import os
@@ -13,10 +13,11 @@ import pytest
 from convert import store
 from rfl_jax.miniature.data import draw_clips
 from rfl_jax.miniature.world import ASSETS, DIT_FILES, T5_FILE, VAE_FILE
+from tests import COMPILER
 
 SETTINGS = [
-    "--config=configs/mini.py", "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.context=2",
-    "--config.train_batch_size=4", "--config.per_device_train_batch_size=1", "--config.eval.file_name=",
+    "--config=configs/mini.py", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.context=2",
+    "--config.train_batch_size=2", "--config.per_device_train_batch_size=1", "--config.eval.file_name=",
     "--config.num_inference_steps=4", "--config.mid_timestep=2", "--config.final_timestep=3",
     "--config.sample_every=0", "--config.save_steps=1", "--config.max_steps=3",
 ]  # fmt: skip
@@ -41,8 +42,8 @@ def weights(tmp_path_factory):
     return f"--config.model_paths={json.dumps([str(folder / name) for name in sources])}"
 
 
-def start(workdir, clips, *arguments, process=None, port=0, devices=8):
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+def start(workdir, clips, *arguments, process=None, port=0, devices=4):
+    environment = os.environ | {"XLA_FLAGS": f"{COMPILER} --xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-m", "rfl_jax.train", *SETTINGS, f"--config.file_name={clips / 'metadata.csv'}"]
     command += [f"--workdir={workdir}", *arguments]
     if process is not None:
@@ -59,7 +60,7 @@ def start_pair(*args):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [start(*args, process=i, port=port, devices=4) for i in (0, 1)]
+    return [start(*args, process=i, port=port, devices=2) for i in (0, 1)]
 
 
 def lines(workdir):

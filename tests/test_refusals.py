@@ -16,6 +16,7 @@ from convert.__main__ import main as convert_main
 from rfl_jax.cli import open_workdir
 from rfl_jax.errors import UserError, refuse_in_one_line
 from rfl_jax.miniature.world import ASSETS, DETECTOR_FILE, DIT_FILES, T5_FILE, VAE_FILE, asset_paths
+from tests import COMPILER
 
 ROOT = Path(__file__).parents[1]
 DIT = ASSETS / DIT_FILES["dit2"]
@@ -146,7 +147,7 @@ def test_converted_weights_are_told_apart(tmp_path):
 
 def run(*arguments):
     # As a user has it: one device, not the tests' eight.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": COMPILER}
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 

@@ -27,6 +27,7 @@ from rfl_jax.models.weights import dotted, fill, flat_shapes, get_arrays
 from rfl_jax.runs import RunFolder
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.loop import train
+from tests import COMPILER
 from tests.golden import relative
 from tests.runs import open_run
 
@@ -310,7 +311,7 @@ def command(monkeypatch, main, *arguments):
 
 
 def convert(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": COMPILER}
     command = [sys.executable, "-m", "convert", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 

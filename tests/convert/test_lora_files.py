@@ -137,7 +137,7 @@ def test_an_alpha_of_rank_stabilised_adapters_is_over_the_rank_or_refused(flag, 
         with_alpha(6, ss_network_alpha="6")
     with pytest.raises(UserError, match=r"(rs_lora of ss_network_args|use_rslora) in the header says .*q\.alpha is"):
         with_alpha(6)
-    with pytest.raises(UserError, match=r"lora\.safetensors: ss_network_args in the header: expected JSON"):
+    with pytest.raises(UserError, match=r"lora\.safetensors: ss_network_args in the header: expected a JSON object"):
         opened(pair(Q), {"ss_network_args": "rs_lora=True"})
 
 

@@ -46,7 +46,7 @@ def test_arguments_are_those_of_the_run(settings, tmp_path, changes):
             assert a.sharding.is_equivalent_to(b.sharding, a.ndim), name
 
 
-def test_bytes_are_those_of_a_real_run(tmp_path):
+def test_bytes_are_those_of_a_real_run(tmp_path, clip_folder):
     batch = ["--config.per_device_train_batch_size=4"]
     found = plan(*MINI, *batch, "--topology=local", "--json")
     assert found.returncode == 0, found.stderr
@@ -65,8 +65,8 @@ def test_bytes_are_those_of_a_real_run(tmp_path):
         "from rfl_jax.runs import RunFolder\n"
         "from rfl_jax.training.setup import set_up\n"
         "sys.path.insert(0, '.')\n"
-        "from configs.mini import get_config\n"
-        "config = get_config()\n"
+        "from configs.mini import miniature\n"
+        "config = miniature(sys.argv[2], '')\n"
         "config.train_batch_size = config.per_device_train_batch_size = 4\n"
         "run = set_up(parse(config), RunFolder(epath.Path(sys.argv[1])))\n"
         "batch, key = run.inputs.batches.place_share(next(run.iterator())), run.inputs.key\n"
@@ -89,7 +89,12 @@ def test_bytes_are_those_of_a_real_run(tmp_path):
     )
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": "."}
     measured = subprocess.run(
-        [sys.executable, script, tmp_path], capture_output=True, text=True, env=environment, timeout=600, check=False
+        [sys.executable, script, tmp_path, clip_folder / "metadata.csv"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        check=False,
     )
     assert measured.returncode == 0, measured.stderr
     assert planned == pytest.approx(int(measured.stdout.split()[-1]), rel=0.2)

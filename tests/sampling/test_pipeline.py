@@ -26,6 +26,7 @@ from rfl_jax.sampling.options import Request, options_of
 from rfl_jax.sampling.pipeline import open_pipeline, read_config, start_latents
 from rfl_jax.sampling.solvers import make_solver
 from rfl_jax.sampling.trained import read_trained
+from tests import COMPILER
 from tests.golden import relative
 from tests.runs import few_devices, train_run
 
@@ -265,7 +266,7 @@ def test_eight_devices_sample_what_one_does(settings, faces):
 
 def sample(*arguments):
     command = [sys.executable, "-m", "rfl_jax.sample", *map(str, arguments)]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": COMPILER}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -28,6 +28,7 @@ from rfl_jax.training.checkpoint import Checkpoints, iterator_state
 from rfl_jax.training.lock import Lock
 from rfl_jax.training.loop import train
 from rfl_jax.training.progress import resume
+from tests import COMPILER
 from tests.runs import open_run, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +185,7 @@ def test_storage_errors_are_told_from_others(capsys):
 
 def test_a_preempted_host_saves_ends_and_goes_on(tmp_path, clip_folder):
     """By the real command; beside it no other trains in the folder."""
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": COMPILER}
     options = [
         "--config=configs/mini.py", f"--config.file_name={clip_folder / 'metadata.csv'}", f"--workdir={tmp_path}",
         "--config.train_batch_size=1", "--config.per_device_train_batch_size=1", "--config.eval_every=0",
