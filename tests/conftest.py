@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 from jaxtyping import install_import_hook
 
 from tests import COMPILER
@@ -21,7 +22,16 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 install_import_hook(["rfl_jax", "convert"], "beartype.beartype")
 
+import jax  # noqa: E402
+
 pytest_plugins = ["tests.runs"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """A worker would keep the compiled programs of all its tests, gigabytes of them."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items):

@@ -72,6 +72,9 @@ def read_arguments(module, arguments, monkeypatch):
             parse(flags.FLAGS.config)
         raise ParsedError
 
+    # Other tests have imported it, as nobody does who types the command.
+    package = hasattr(sys.modules.get(module), "__path__")
+    monkeypatch.delitem(sys.modules, f"{module}.__main__" if package else module, raising=False)
     read = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *args: (read(*args), stop()))
     monkeypatch.setattr(cli.app, "run", read_flags)
@@ -109,6 +112,7 @@ def test_parsing_refuses_what_the_commands_refuse(folder, monkeypatch, capsys):
         assert message in str(refused.value) + capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_commands_run_in_the_order_of_the_pages(folder, clip_folder):
     first_frame(clip_folder / "clip_000.mp4").save("face.png")
     (folder / "rows.csv").write_text("prompt,image,seed\nA person nods.,face.png,3\nA person smiles.,face.png,4\n")

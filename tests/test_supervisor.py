@@ -15,9 +15,10 @@ LINES = {
     "crash": HEAD + "cpu.cc:1] something else\n",
 }
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 from rfl_jax.supervisor import supervise
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
 ended = supervise()
 if ended:
     print("ended", *ended, file=sys.stderr)
