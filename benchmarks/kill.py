@@ -64,7 +64,7 @@ def steps_done(workdir: Path) -> int:
 
 def being_written(folder: Path) -> bool:
     """Whether a checkpoint is on its way in a folder."""
-    return folder.is_dir() and any("tmp" in name for name in os.listdir(folder))
+    return folder.is_dir() and any("tmp" in entry.name for entry in folder.iterdir())
 
 
 def aims(durations: Mapping[str, float], start: Path, preparing: bool) -> list[Aim]:
