@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import time
 import struct
 
 import numpy as np
@@ -105,7 +106,12 @@ def test_weights_and_biases_is_told_where_it_is_asked_for(tmp_path, monkeypatch)
         out.write(line(2, eval_judge_sim=0.625))
         out.video(2, clip())
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    content = log.read_bytes()
+    # Its own process writes, and may be a moment behind.
+    for _ in range(200):
+        content = log.read_bytes()
+        if b"sample" in content:
+            break
+        time.sleep(0.1)
     for word in (b"face_score", b"eval_judge_sim", b"faces", b"lora_rank", b"sample"):
         assert word in content
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/videos/*.mp4"))
