@@ -3,8 +3,8 @@
 import dataclasses
 import io
 import json
-import time
 import struct
+import time
 
 import numpy as np
 import pytest
