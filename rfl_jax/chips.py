@@ -64,7 +64,7 @@ ACCELERATOR_TYPES = {
 }
 
 # How programs are compiled for a platform. TPUs: weights of layers are gathered while others are computed with, in steps beside
-# matrix products, and not before them (benchmarks/RESULTS.md).
+# matrix products, and not before them.
 COMPILER_OPTIONS = {
     "tpu": {
         "xla_enable_async_all_gather": "true",

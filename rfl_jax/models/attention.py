@@ -18,7 +18,7 @@ Queries = Float[Array, "b n k d"]
 Keys = Float[Array, "b s k d"]  # and values
 Kernel = Callable[[Queries, Keys, Keys, int], Queries]  # the last argument is the number of real keys
 
-# Fewest cycles on v5p at 18,900 tokens of the six tried (benchmarks/RESULTS.md).
+# Of the five tried within 2 % of the fewest cycles on v5p at 18,900 tokens (python -m benchmarks.attention_tiles).
 TILES = Tiles(queries=1024, keys=1024, chunk=512)
 
 
