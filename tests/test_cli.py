@@ -12,6 +12,7 @@ from rfl_jax.config import Config
 from rfl_jax.errors import first_line
 from rfl_jax.miniature.world import ASSETS, VAE_FILE
 from rfl_jax.settings import settings
+from tests import COMPILER
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -72,3 +73,20 @@ def test_without_a_tpu_libtpu_is_silent(tmp_path):
 def test_an_errors_first_line_is_its_types_name_where_it_says_nothing():
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(ValueError()) == "ValueError"
+
+
+def test_an_option_that_the_compiler_does_not_know_is_a_bad_input(tmp_path, clip_folder):
+    arguments = [
+        "--config=configs/mini.py",
+        f"--config.file_name={clip_folder / 'metadata.csv'}",
+        "--config.eval.file_name=",
+    ]
+    arguments += [f"--workdir={tmp_path}", "--config.eval_every=0", "--config.compiler_options=foo=1"]
+    environment = os.environ | {"XLA_FLAGS": COMPILER}
+    done = subprocess.run(
+        [sys.executable, "-m", "rfl_jax.train", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "train: config.compiler_options: INVALID_ARGUMENT: No such compile option: 'foo'" in done.stderr
+    assert "Traceback" not in done.stderr

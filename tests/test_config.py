@@ -104,6 +104,7 @@ def test_a_rule_is_silent_about_what_cannot_be_read():
         ("max_grad_norm", 0.0, "a positive number"),
         ("frozen_weights", "int4", "int8, or empty"),
         ("remat_policy", "some", "one of none, full, nested, save_attention, offload, or empty"),
+        ("compiler_options", "fast", "NAME=VALUE separated by commas, or empty"),
         ("model_name", "wan2_1", "wan2_2"),
         ("eval.max_motion_loss", 0.0, "more than 0 and at most 1"),
         ("lora_target_modules", "", "some of q, k, v, o, ffn.0, ffn.2"),

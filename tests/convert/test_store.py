@@ -19,6 +19,7 @@ from convert.mapping import LazyArray, whole
 from rfl_jax.errors import UserError
 from rfl_jax.fingerprint import fingerprint
 from rfl_jax.miniature.world import ASSETS, DIT_FILES, T5_FILE, VAE_FILE
+from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.weights import get_arrays
 from rfl_jax.sharding import shardings
 from tests.devices import make_mesh
@@ -180,3 +181,10 @@ def test_umt5_without_shared_alias(tmp_path):
     save_file(tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, tmp_path / "twice.safetensors")
     once, twice = (get_arrays(umt5.load(tmp_path / f"{n}.safetensors")) for n in ("once", "twice"))
     assert all(np.array_equal(once[name], twice[name]) for name in once)
+
+
+def test_a_network_without_weights_is_its_own_each_time():
+    first, second = (store.SAFETENSORS["dit"].abstract(DIT_PRESETS["mini"]) for _ in range(2))
+    first.head.bias = None
+    assert second.head.bias is not None
+    assert store.SAFETENSORS["dit"].abstract(DIT_PRESETS["mini"]).head.bias is not None
