@@ -18,7 +18,7 @@ SUPERVISED = "RFL_JAX_SUPERVISED"
 # How a message of a library in C begins; what follows without belongs to it.
 BEGINS = re.compile(rb"[IWEF]\d{4} \d\d:")
 # Those that tell that the hosts lost each other, and what they give as the reason.
-LOST = re.compile(rb"coordination.service|JAX distributed service")
+LOST = re.compile(rb"coordination.?service|JAX distributed service", re.IGNORECASE)
 REASON = re.compile(rb"[A-Z_]{5,}: [^\n]*")
 DIE_WITH_PARENT = 1  # of Linux' prctl
 

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RFL_JAX_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "rfl_jax"))
 # Many tests compile the same step; the second one reads it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # A broadcast that adds axes is written out, and annotated shapes are checked at every call.
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")

@@ -12,6 +12,10 @@ HEAD = "W1127 15:05:07.213515   14822 "
 LINES = {
     "lost": HEAD + "coordination_service.cc:1549] Use error polling: UNAVAILABLE: unhealthy:\n1\nRPC: /PollForError\n"
     "F1127 15:05:07.213515 1 client.h:80] Terminating process because the JAX distributed service detected fatal errors.\n",
+    # Of a host that slept meanwhile.
+    "woken": "E"
+    + HEAD[1:]
+    + "preemption_sync_manager.cc:159] Failed: [type.googleapis.com/tensorflow.CoordinationServiceError='']\n",
     "crash": HEAD + "cpu.cc:1] something else\n",
 }
 SCRIPT = """
@@ -49,11 +53,12 @@ def test_only_an_abort_of_lost_hosts_becomes_a_line(how, said):
     process = start(how, LINES[said])
     told = process.communicate()[1].splitlines()
     assert "from Python" in told
-    lost = how == "abort" and said == "lost"
+    lost = how == "abort" and said != "crash"
     status = 1 if lost else 128 + signal.SIGABRT if how == "abort" else int(how)
     assert process.returncode == status
-    assert told[-1].rstrip() == f"ended {status} {'UNAVAILABLE: unhealthy:' if lost else ''}".rstrip()
-    if said == "lost":
+    reason = {"lost": "UNAVAILABLE: unhealthy:", "woken": "it does not answer"}[said] if lost else ""
+    assert told[-1].rstrip() == f"ended {status} {reason}".rstrip()
+    if said != "crash":
         assert len(told) == 2
     else:
         assert any("something else" in line for line in told)
