@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rfl_jax.models.attention import attention, kernel_for
+from rfl_jax.remat import remat
 from tests.devices import make_mesh
 from tests.golden import relative
 
@@ -72,3 +73,28 @@ def test_heads_are_exchanged_where_they_divide_and_keys_gathered_where_not():
     assert "all-gather" not in divided
     assert "all-gather" in other
     assert "all-to-all" not in other
+
+
+def kernels(jaxpr):
+    """Names of the kernels of which a value is used; the compiler removes the others."""
+    used = {id(x) for eqn in jaxpr.eqns for x in eqn.invars} | {id(x) for x in jaxpr.outvars}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            if any(id(x) in used for x in eqn.outvars):
+                yield eqn.params["name"]
+        else:
+            for inner in jax.core.jaxprs_in_params(eqn.params):
+                yield from kernels(inner)
+
+
+@pytest.mark.filterwarnings("ignore:.*jaxprs_in_params:DeprecationWarning")
+@pytest.mark.parametrize(("policy", "forward"), [("none", 1), ("full", 2), ("save_attention", 1)])
+def test_saved_attention_is_not_computed_again(policy, forward):
+    q, k, v = random_heads(24, 24, 2, 16)
+
+    def loss(q):
+        layer = remat(lambda q: jnp.sin(attention(q, k, v, kernel="flash_interpret")), policy)
+        return jnp.sum(jnp.sin(layer(q)))
+
+    found = list(kernels(jax.make_jaxpr(jax.grad(loss))(q).jaxpr))
+    assert (found.count("flash_forward"), found.count("flash_backward")) == (forward, 1)
