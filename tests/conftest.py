@@ -34,6 +34,18 @@ def _forget_programs():
     jax.clear_caches()
 
 
+# Minutes each: what waits for other processes.
+LONG = ("test_buckets.py", "test_hosts.py", "test_full_disk.py")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest first, so that the other worker has something left to do beside them."""
-    items.sort(key=lambda item: item.path.name not in ("test_hosts.py", "test_buckets.py"))
+    """Every worker is given an equal share of the list, in its order: each begins with another of the longest, so that none
+    is left over when everything else is done.
+    """
+    rest = [item for item in items if item.path.name not in LONG]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    for share in range(min(workers, len(LONG))):
+        first = [item for item in items if item.path.name in LONG[share :: min(workers, len(LONG))]]
+        at = -(-share * len(items) // workers)
+        rest[at:at] = first
+    items[:] = rest

@@ -17,8 +17,8 @@ from rfl_jax.errors import storage_fault
 from rfl_jax.files import write_whole
 from rfl_jax.miniature.world import ASSETS, DIT_FILES
 from rfl_jax.runs import RunFolder
+from rfl_jax.training.board import Board
 from rfl_jax.training.checkpoint import Checkpoints
-from rfl_jax.training.record import Board
 from rfl_jax.training.state import TrainState
 from tests import COMPILER
 from tests.runs import read_metrics

@@ -10,7 +10,6 @@ from tqdm import tqdm
 from rfl_jax.data.videos import write_video
 from rfl_jax.evaluation.held_out import HeldOut
 from rfl_jax.evaluation.measures import MEASURES, means
-from rfl_jax.evaluation.plots import bar_figure, drift_figure, png
 from rfl_jax.evaluation.statistics import compare
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
@@ -60,6 +59,9 @@ def evaluate(held_out: HeldOut, params: Mapping[str, States], folder: RunFolder,
                 clips[number] = clip
     result = summary([clips[number] for number in sorted(clips)]) | {"step": step}
     if is_writer():
+        # Matplotlib is imported here: a third of a second that the beginning of a training need not wait for.
+        from rfl_jax.evaluation.plots import bar_figure, drift_figure, png
+
         write_whole(files / "drift.png", png(drift_figure(result)))
         write_whole(files / "change.png", png(bar_figure(result)))
         write_whole(folder.evaluation, json.dumps(result, indent=1) + "\n")

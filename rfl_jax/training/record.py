@@ -7,21 +7,16 @@ import json
 import math
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from PIL import Image
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from rfl_jax.config import Config, dumps
@@ -30,9 +25,7 @@ from rfl_jax.errors import UserError
 from rfl_jax.files import is_remote, naming, write_whole
 from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
-
-COPY_EVERY_S = 60  # how often TensorBoard's events go into a bucket
-FPS = 8  # of the samples in TensorBoard
+from rfl_jax.training.board import COPY_EVERY_S, Board
 
 
 def check_wandb(cfg: Config) -> None:
@@ -41,53 +34,6 @@ def check_wandb(cfg: Config) -> None:
     """
     if cfg.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError("config.wandb_project: expected Weights & Biases to be installed: pip install wandb")
-
-
-def gif(frames: UInt8[np.ndarray, "t h w 3"]) -> bytes:
-    """An animated picture, which is what TensorBoard plays."""
-    buffer = io.BytesIO()
-    first, *rest = (Image.fromarray(frame) for frame in frames)
-    first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=1000 // FPS, loop=0)
-    return buffer.getvalue()
-
-
-class Board:
-    """TensorBoard's events, written by the caller's own thread: a full disk is told where it is met.
-
-    Args:
-        folder: local.
-        first: step from which on an interrupted run's events are forgotten.
-    """
-
-    def __init__(self, folder: Path, *, first: int) -> None:
-        self._folder = folder
-        with naming(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = RecordWriter(str(folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"))
-            self._write(Event(file_version="brain.Event:2"))
-            self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
-        self._flushed = time.monotonic()
-
-    def _write(self, event: Any) -> None:
-        event.wall_time = time.time()
-        self._file.write(event.SerializeToString())
-
-    def add(self, step: int, values: Iterable[Any]) -> None:
-        """Adds `Summary.Value`s of a step; they are on the disk within `COPY_EVERY_S`."""
-        with naming(self._folder):
-            self._write(Event(step=step, summary=Summary(value=list(values))))
-        if time.monotonic() - self._flushed > COPY_EVERY_S:
-            self.flush()
-
-    def flush(self) -> None:
-        """Brings all events to the disk."""
-        with naming(self._folder):
-            self._file.flush()
-        self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        with naming(self._folder):
-            self._file.close()
 
 
 class Silent:
@@ -166,7 +112,7 @@ class Record(Silent):
         if step % self._every == 0 or step == self._total or "eval_face_sim" in line:
             numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
             scalars = {k: v for k, v in numbers.items() if math.isfinite(v)}
-            self._board.add(step, (Summary.Value(tag=k, simple_value=v) for k, v in scalars.items()))
+            self._board.scalars(step, scalars)
             if self._wandb:
                 self._wandb.log(scalars, step=step)
         if self._remote and time.monotonic() - self._copied > COPY_EVERY_S:
@@ -185,9 +131,7 @@ class Record(Silent):
 
     def video(self, step: int, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
         write_video(self._folder.sample(step), frames)
-        height, width = frames.shape[1:3]
-        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(frames))
-        self._board.add(step, [Summary.Value(tag="sample", image=picture)])
+        self._board.video(step, frames)
         if self._wandb:
             import wandb
 
