@@ -100,7 +100,7 @@ def test_a_conversion_onto_a_full_disk_leaves_nothing_and_succeeds_with_room(sma
 
 def _fill(board):
     while True:
-        board.add(1, [])
+        board.scalars(1, {})
 
 
 def leave(disk, room):
