@@ -2,7 +2,7 @@
 
 `python -m benchmarks.gpu --minutes=8 --out=DIR` writes DIR/gpu.md and DIR/gpu.json anew after every figure: whoever ends it
 loses nothing. Each side measures each part in a process of its own. Where memory or time is too short for all layers of a DiT,
-fewer are measured, and the table tells what all would take. What fails is a line of the table, and its log is beside that.
+fewer are measured, and the table tells what all would take. What fails is a line of the table, and DIR/gpu.log has its traceback.
 Weights are random. On a CPU all sizes are small, and PyTorch is left out. Exit status 1: attention is wrong.
 """
 
@@ -52,9 +52,9 @@ class Results:
     rows: dict[tuple[str, str], dict[str, Record]] = dataclasses.field(default_factory=dict)
 
     def add(self, name: str, side: str, record: Record) -> None:
-        """Completes what is known of a case, and writes the tables."""
+        """Completes what is known of a case, whose first failure stays, and writes the tables."""
         sides = self.rows.setdefault((name, record["case"]), {})
-        sides[side] = {**sides.get(side, {}), **record}
+        sides[side] = {**record, **sides.get(side, {})}
         listed = [{"part": name, **sides} for (name, _), sides in self.rows.items()]
         texts = {"gpu.md": self.page(), "gpu.json": json.dumps({"about": self.about, "rows": listed}, indent=1)}
         for file, text in texts.items():
@@ -126,12 +126,13 @@ def ask(side: str, job: Job, limit_s: float, out: Path, flags: str = "") -> Iter
         side: of `SIDES`.
         job: what it measures.
         limit_s: how long it may take.
-        out: folder of its log.
+        out: folder of the log of what processes complain about.
         flags: of XLA, besides the environment's.
     """
     command = [sys.executable, "-m", "benchmarks.gpu_parts", side, json.dumps(dataclasses.asdict(job))]
     environment = {**ENVIRONMENT, **os.environ, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flags}
-    with (out / f"{job.name}_{side}.log").open("w") as log:
+    with (out / "gpu.log").open("a") as log:
+        print(f"{job.name}, {side}", file=log, flush=True)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=ROOT)
     timer = threading.Timer(limit_s, process.kill)
     timer.start()
@@ -181,6 +182,7 @@ def measure(args: argparse.Namespace) -> Results:
     """
     deadline = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "gpu.log").unlink(missing_ok=True)
     about = {"ours": next(ask("ours", Job("about"), 60 * args.minutes, args.out))}
     if "failed" in about["ours"]:
         raise UserError(f"JAX finds no device ({about['ours']['failed']})")

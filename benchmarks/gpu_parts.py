@@ -93,7 +93,7 @@ class Job:
     @property
     def video(self) -> tuple[int, int, int]:
         """Frames, height and width."""
-        return (5, 32, 32) if self.small else (81, self.part.pixels, self.part.pixels)
+        return (5, 16, 16) if self.small else (81, self.part.pixels, self.part.pixels)
 
     @property
     def latents(self) -> tuple[int, int, int]:
