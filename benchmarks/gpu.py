@@ -94,10 +94,15 @@ def _cells(about: dict[str, Record], part: str, case: str, sides: dict[str, Reco
     yield _memory(ours)
     yield f"{ours['error']:.1e}" if "error" in ours else ""
     yield spread(torch["seconds"]) if "torch" in seconds else about["torch"].get("failed", "")
-    alike = len(seconds) == 2 and ours.get("layers") == torch.get("layers")
-    yield f"{seconds['torch'] / seconds['ours']:.2f}" if alike else ""
+    yield f"{_with_all_layers(part, torch) / _with_all_layers(part, ours):.2f}" if len(seconds) == 2 else ""
     yield _memory(torch)
     yield "; ".join([*_notes("", part, ours), *_notes("PyTorch: ", part, torch)])
+
+
+def _with_all_layers(part: str, record: Record) -> float:
+    """The median, scaled to all layers but for what they have no share in; as long as that is not known, nothing."""
+    seconds, rest = statistics.median(record["seconds"]), record.get("rest_s", 0.0)
+    return rest + (seconds - rest) * PARTS[part].layers[0] / record["layers"] if "layers" in record else seconds
 
 
 def _memory(record: Record) -> str:
@@ -110,9 +115,8 @@ def _notes(who: str, part: str, record: Record) -> Iterator[str]:
     if record.get("exhausted"):
         yield f"{who}out of memory with {', '.join(map(str, record['exhausted']))} layers"
     if "layers" in record and "seconds" in record:
-        whole, rest = PARTS[part].layers[0], record.get("rest_s", 0.0)  # as long as it is not known, nothing
-        seconds = rest + (statistics.median(record["seconds"]) - rest) * whole / record["layers"]
-        yield f"{who}{record['layers']} layers, by which {whole} take {seconds:.3g} s"
+        seconds = _with_all_layers(part, record)
+        yield f"{who}{record['layers']} layers, by which {PARTS[part].layers[0]} take {seconds:.3g} s"
     if "phases" in record:
         yield ", ".join(f"{name} {seconds:.2g} s" for name, seconds in record["phases"].items())
     if "failed" in record:

@@ -55,8 +55,8 @@ _A14B = ("wan2_2_i2v_a14b", "wan2_1", 480)
 PARTS = {
     "attention": Part(*_A14B, (1,), {"ours": (40, 0), "torch": (25, 0)}),
     "layer": Part(*_A14B, (1,), {"ours": (50, 0), "torch": (30, 0)}),
-    "vae": Part(*_A14B, (1,), {"ours": (80, 0), "torch": (40, 0)}),
     "step_a14b": Part(*_A14B, (40, 30, 20, 10), {"ours": (100, 3.7), "torch": (40, 3.0)}),
+    "vae": Part(*_A14B, (1,), {"ours": (80, 0), "torch": (40, 0)}),
     "step_5b": Part("wan2_2_ti2v_5b", "wan2_2", 960, (30, 20, 10), {"ours": (160, 2.2), "torch": (70, 1.7)}),
 }
 

@@ -18,7 +18,7 @@ from benchmarks.gpu_ours import filled, of_weights
 from benchmarks.gpu_parts import PARTS, Job, records
 
 ROOT = Path(__file__).parents[1]
-CASES = {"attention": 4, "layer": 4, "vae": 2, "step_a14b": 1, "step_5b": 1}
+CASES = {"attention": 4, "layer": 4, "step_a14b": 1, "vae": 2, "step_5b": 1}
 
 
 def run(out, *arguments):
@@ -145,7 +145,7 @@ def test_pytorchs_side_measures_what_ours_is_compared_with(part, request):
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("--parts=attention,vea", "--parts: vea: expected of attention,layer,vae,step_a14b,step_5b, did you mean vae?"),
+        ("--parts=attention,vea", "--parts: vea: expected of attention,layer,step_a14b,vae,step_5b, did you mean vae?"),
         ("--minutes=0", "--minutes: 0: expected more than 0"),
         ("--minutes=x", "argument --minutes: invalid float value: 'x'"),
     ],
