@@ -48,7 +48,12 @@ class Trace(Protocol):
 def _operators(trace: Trace) -> Iterator[list[tuple[int, int, str, str]]]:
     """The operators of each line of a trace: start and end in ns, module, name. Those of accelerators, if it has any."""
     planes = list(trace.planes)
-    devices = [plane for plane in planes if plane.name.startswith("/device:") and "CPU" not in plane.name]
+    devices = [
+        plane
+        for plane in planes
+        # libtpu lists a plane without lines where there is no TPU.
+        if plane.name.startswith("/device:") and "CPU" not in plane.name and any(True for _ in plane.lines)
+    ]
     for plane in devices or planes:
         for line in plane.lines:
             operators = []

@@ -191,6 +191,8 @@ def test_operators_are_counted_once_and_on_the_accelerator_if_there_is_one():
     found = shares([Part("trace", planes=[host, tpu])], phases)
     assert found == {"grad_steps": 0.6, "vae": 0.2, "other": 0.2}
     assert shares([Part("trace", planes=[host])], phases) == {"vae": 1.0}
+    # libtpu without a TPU.
+    assert shares([Part("trace", planes=[Part("/device:CUSTOM:Megascale Trace"), host])], phases) == {"vae": 1.0}
     # What another program does at that time is not the step's.
     other = Part("/host:CPU", lines=[Part("t", events=[event("x", 0, 500, hlo_op="dot.2", hlo_module="jit_other")])])
     assert shares([Part("trace", planes=[other])], phases) == {"other": 1.0}
