@@ -47,13 +47,13 @@ def check(record):
 
 def test_attention_agrees_and_a_kernel_that_is_not_there_is_a_line(tmp_path):
     # On a CPU there is no cuDNN.
-    done = run(tmp_path, "--parts=attention,vae", "--attention=cudnn")
+    done = run(tmp_path, "--parts=attention,layer", "--attention=cudnn")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert "Traceback" in (tmp_path / "gpu.log").read_text()
     found, table = rows(tmp_path)
     assert done.stdout == (tmp_path / "gpu.md").read_text()
-    assert len(table) == len(found) == 2 + 2 * 2 + CASES["vae"]
+    assert len(table) == len(found) == 2 + 2 * 2 + CASES["layer"]
     assert all(row.split(" | ")[8] == "no GPU" for row in table)
     failed = {case: record["failed"] for (_, case), record in found.items() if "failed" in record}
     assert list(failed) == ["320 tokens, 2 heads, forward", "320 tokens, 2 heads, forward and backward"]
@@ -67,12 +67,12 @@ def test_attention_agrees_and_a_kernel_that_is_not_there_is_a_line(tmp_path):
     assert all(1e-4 < error <= BOUND for error in errors.values())
 
 
-@pytest.mark.parametrize("parts", ["layer,step_a14b", pytest.param(",".join(PARTS), marks=pytest.mark.slow)])
-def test_parts_run_small(tmp_path, parts):
-    done = run(tmp_path, f"--parts={parts}")
+@pytest.mark.slow
+def test_all_parts_run_small(tmp_path):
+    done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     found, table = rows(tmp_path)
-    assert [part for part, _ in found] == [part for part in parts.split(",") for _ in range(CASES[part])]
+    assert [part for part, _ in found] == [part for part in PARTS for _ in range(CASES[part])]
     assert len(table) == len(found)
     for (part, _), record in found.items():
         check(record)
@@ -123,7 +123,7 @@ def test_weights_are_random_and_of_their_own_types(monkeypatch):
     assert len(np.unique(stack)) > 100
 
 
-@pytest.mark.parametrize("part", CASES)
+@pytest.mark.parametrize("part", [pytest.param(x, marks=[pytest.mark.slow] * x.startswith("step")) for x in CASES])
 def test_pytorchs_side_measures_what_ours_is_compared_with(part, request):
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
