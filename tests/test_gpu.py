@@ -47,13 +47,13 @@ def check(record):
 
 def test_attention_agrees_and_a_kernel_that_is_not_there_is_a_line(tmp_path):
     # On a CPU there is no cuDNN.
-    done = run(tmp_path, "--parts=attention,layer", "--attention=cudnn")
+    done = run(tmp_path, "--parts=attention,vae", "--attention=cudnn")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert "Traceback" in (tmp_path / "gpu.log").read_text()
     found, table = rows(tmp_path)
     assert done.stdout == (tmp_path / "gpu.md").read_text()
-    assert len(table) == len(found) == 2 + 2 * 2 + CASES["layer"]
+    assert len(table) == len(found) == 2 + 2 * 2 + CASES["vae"]
     assert all(row.split(" | ")[8] == "no GPU" for row in table)
     failed = {case: record["failed"] for (_, case), record in found.items() if "failed" in record}
     assert list(failed) == ["320 tokens, 2 heads, forward", "320 tokens, 2 heads, forward and backward"]
