@@ -74,6 +74,17 @@ class RewardSection(RewardConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class KLSection:
+    """The KL to the untrained network, whose factor is `reward.kl_weight`."""
+
+    every: Annotated[
+        int,
+        AtLeast(1),
+        "Of so many denoising steps with gradient a random one is compared with the reference, for all of them; 1: each.",
+    ] = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class NoiseSection:
     """The noise that a video starts from."""
 
@@ -272,6 +283,7 @@ class Config(Original):
     ] = ()
     mesh: MeshSection = MeshSection()
     reward: RewardSection = RewardSection()
+    kl: KLSection = KLSection()
     noise: NoiseSection = NoiseSection()
     sampling: SamplingSection = SamplingSection()
     data: DataSection = DataSection()

@@ -22,6 +22,9 @@ from rfl_jax.sampling.schedule import Span, make_sigmas, plan_spans
 
 Batch = Mapping[str, Array]
 
+# Folded into the run's key, so that the choice of steps has nothing to do with a noise.
+KL = 0x4B1D
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -58,7 +61,7 @@ def make_sampler(cfg: Config) -> Sampler:
     """All steps of an update.
 
     Raises:
-        UserError: a trained DiT that no step with gradient uses.
+        UserError: a trained DiT that no step with gradient uses, or groups of steps that do not fill its steps.
     """
     dit = DIT_PRESETS[cfg.preset]
     sigmas = make_sigmas(cfg.num_inference_steps, cfg.sampling.shift)
@@ -72,7 +75,45 @@ def make_sampler(cfg: Config) -> Sampler:
                 f"config.trainable_models: {name} serves no step with gradient (steps {cfg.mid_timestep} to "
                 f"{cfg.final_timestep}), expected one of {', '.join(sorted(reached))} or a lower mid_timestep"
             )
-    return Sampler(dit, sigmas, spans, dict.fromkeys(("dit", "dit2"), cfg.sampling.guidance_scale))
+    sampler = Sampler(dit, sigmas, spans, dict.fromkeys(("dit", "dit2"), cfg.sampling.guidance_scale))
+    spans = compared_spans(cfg, sampler)
+    steps = [span.stop - span.start for span in spans]
+    if cfg.kl.every > 1 and (not steps or any(count % cfg.kl.every for count in steps)):
+        counts = " and ".join(f"{count} of {span.expert}" for count, span in zip(steps, spans, strict=True))
+        expected = f"a divisor of the steps with gradient ({counts})" if steps else "1, as no DiT trains"
+        raise UserError(f"config.kl.every: expected {expected}, got {cfg.kl.every}")
+    return sampler
+
+
+def compared_spans(cfg: Config, sampler: Sampler) -> tuple[Span, ...]:
+    """The steps whose velocity has a reference: those with gradient of networks that train."""
+    return tuple(span for span in sampler.spans if span.gradient and span.expert in cfg.trained)
+
+
+def compared_steps(
+    cfg: Config, sampler: Sampler, key: Array, update: Array | int, clips: Int[Array, " b"]
+) -> dict[Span, Int[Array, "k b"]] | None:
+    """Which steps of each span the KL compares with the reference: one of every `kl.every`, at random; None: all.
+
+    Args:
+        cfg: of the run.
+        sampler: the steps.
+        key: the run's.
+        update: how many updates were made. A clip's steps are a function of key, update and the clip's number, whatever
+            the mesh, and whether or not the run was interrupted.
+        clips: numbers of the clips.
+    """
+    every = cfg.kl.every
+    if every == 1:
+        return None
+    key = jax.random.fold_in(jax.random.fold_in(key, KL), update)
+
+    def draw(clip: Array, span: Span) -> Int[Array, " k"]:
+        groups = (span.stop - span.start) // every
+        own = jax.random.fold_in(jax.random.fold_in(key, clip), span.start)
+        return every * jnp.arange(groups) + jax.random.randint(own, (groups,), 0, every)
+
+    return {span: jax.vmap(draw, (0, None), 1)(clips, span) for span in compared_spans(cfg, sampler)}
 
 
 def split_prefix(cfg: Config, sampler: Sampler) -> tuple[Sampler, Sampler]:
