@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from rfl_jax.remat import KEEP_REFERENCE, REFERENCE_VELOCITY, checkpoint_name
 from rfl_jax.sampling.phases import phase_scope
 from rfl_jax.sampling.schedule import TRAIN_TIMESTEPS, Span
 
@@ -69,7 +70,8 @@ def rollout(
         sigmas: noise levels, one more than steps.
         spans: from `plan_spans`. Latents are cut off from the gradient before the first span that has one.
         keep: applied to the latents before the first and after every step (TI2V writes the first frame back).
-        nested: rematerialise whole steps with gradient, so that the activations of one at a time are kept.
+        nested: rematerialise whole steps with gradient, so that the activations of one at a time are kept; of the
+            reference its velocity is.
         unroll: write the steps with gradient out instead of looping.
         compared: of the spans that have a reference, the steps of each sample (counted from the span's first) whose
             velocity is compared with it, each for an equal share of the span's steps; all steps by default. The
@@ -99,7 +101,7 @@ def rollout(
             after = keep(x + (following - sigma) * v)
             return after, (after, divergence, (x, v) if passed else None)
 
-        body = jax.checkpoint(step, prevent_cse=False) if nested and span.gradient else step
+        body = jax.checkpoint(step, policy=KEEP_REFERENCE, prevent_cse=False) if nested and span.gradient else step
         steps = (jnp.asarray(sigmas[span.start : span.stop]), jnp.asarray(sigmas[span.start + 1 : span.stop + 1]))
         with phase_scope("grad_steps" if span.gradient else "no_grad_steps"):
             x, (states, divergences, passed) = jax.lax.scan(body, x, steps, unroll=unroll and span.gradient)
@@ -118,7 +120,7 @@ def _divergence(reference: Velocity, x: Latents, v: Latents, sigma: Float[Array,
     dependence on the latents is not differentiated.
     """
     t = jnp.broadcast_to(sigma * TRAIN_TIMESTEPS, x.shape[:1])
-    target = jax.lax.stop_gradient(reference(jax.lax.stop_gradient(x), t))
+    target = checkpoint_name(jax.lax.stop_gradient(reference(jax.lax.stop_gradient(x), t)), REFERENCE_VELOCITY)
     return jnp.mean((v - target) ** 2, (1, 2, 3, 4)) / (2 * sigma**2)
 
 
