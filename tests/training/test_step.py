@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from rfl_jax.config import KLSection
 from rfl_jax.errors import UserError
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
@@ -26,7 +27,8 @@ from rfl_jax.sampling.sampler import (
 )
 from rfl_jax.sampling.schedule import make_sigmas, plan_spans
 from rfl_jax.sharding import check_rules
-from rfl_jax.training.step import make_loss
+from rfl_jax.training.optim import learning_rate, optimizer
+from rfl_jax.training.step import make_loss, make_step
 from tests.golden import relative
 from tests.runs import open_run
 
@@ -183,6 +185,31 @@ def test_what_is_named_trains_and_nothing_else(settings, tmp_path, changes, trai
         assert np.mean([not np.array_equal(a, b) for a, b in pairs]) > 0.9, name
     for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(snapshot(run.frozen)), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_each_update_compares_another_step_and_all_of_them_are_the_whole_kl(settings, tmp_path):
+    run = open_run(settings(train_batch_size=1, per_device_train_batch_size=1), tmp_path)
+    batch = run.inputs.batches.place_share(next(run.iterator()))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + 0.02 * rng.normal(size=p.shape).astype(np.float32), run.state.params)
+
+    def kl(every):
+        cfg = dataclasses.replace(run.cfg, kl=KLSection(every=every))
+        step = make_step(cfg, run.networks, run.inputs.sampler, optimizer(cfg, 1), learning_rate(cfg, 1))
+        # Of the whole step the compiler keeps what this takes.
+        alone = jax.jit(lambda state, *args: step(state, *args)[1]["kl_loss"])
+
+        def after(updates):
+            state = dataclasses.replace(run.state, step=jnp.int32(updates), params=params)
+            return float(alone(state, run.frozen, batch, run.inputs.key))
+
+        return after
+
+    whole, single = kl(1), kl(4)
+    found = [single(updates) for updates in range(16)]
+    assert found == [single(updates) for updates in range(16)]
+    assert len(set(found)) == 4
+    assert np.mean(list(set(found))) == pytest.approx(whole(0), rel=1e-5)
 
 
 def test_adapter_gradient_equals_finite_differences(monkeypatch, settings, tmp_path):
