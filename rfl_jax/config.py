@@ -259,6 +259,10 @@ class Config(Original):
     frozen_weights: Annotated[
         Literal["", "int8"], "DiT weights that do not train in full: 8-bit integers; empty: in dtype."
     ] = ""
+    frozen_activations: Annotated[
+        Literal["", "int8"],
+        "Inputs of int8 weights where nothing is differentiated: 8-bit integers, a scale per token; empty: in dtype.",
+    ] = ""
     frozen_memory: Annotated[
         Literal["device", "pinned_host"],
         "Where DiT weights that do not train in full wait; pinned_host: in host memory, each block for its turn.",
@@ -356,6 +360,11 @@ RULES = (
         ("vae_caches", "remat_policy", "use_gradient_checkpointing"),
         lambda cfg: cfg.vae_caches == "keep" or cfg.policy != "none",
         "keep, as nothing is rematerialised",
+    ),
+    Rule(
+        ("frozen_activations", "frozen_weights"),
+        lambda cfg: not cfg.frozen_activations or cfg.frozen_weights == "int8",
+        "empty, as frozen_weights is",
     ),
     Rule(
         ("init_lora", "lora_base_model"),

@@ -105,7 +105,7 @@ def rollout(
         steps = (jnp.asarray(sigmas[span.start : span.stop]), jnp.asarray(sigmas[span.start + 1 : span.stop + 1]))
         with phase_scope("grad_steps" if span.gradient else "no_grad_steps"):
             x, (states, divergences, passed) = jax.lax.scan(body, x, steps, unroll=unroll and span.gradient)
-            if some is not None and reference is not None:
+            if reference is not None and some is not None and passed is not None:
                 divergences = _divergences_of_some(reference, *passed, steps[0], some)
         if not span.gradient:
             x, states = jax.lax.stop_gradient(x), jax.lax.stop_gradient(states)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
+from rfl_jax.models.quantize import round_inputs
 from rfl_jax.models.wan.conditioning import conditioning_of
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.networks.parts import Frozen, Networks, States
@@ -35,12 +36,15 @@ class Sampler:
         sigmas: noise levels, one more than steps.
         spans: which network takes which steps.
         guidance: classifier-free guidance scale of each expert; 1 is none.
+        rounds_inputs: whether int8 weights meet int8 inputs where nothing is differentiated: in spans without gradient
+            and in the KL's reference.
     """
 
     dit: DiTConfig
     sigmas: Float[np.ndarray, " n"]
     spans: tuple[Span, ...]
     guidance: Mapping[str, float]
+    rounds_inputs: bool = False
 
     @property
     def experts(self) -> list[str]:
@@ -75,11 +79,11 @@ def make_sampler(cfg: Config) -> Sampler:
                 f"config.trainable_models: {name} serves no step with gradient (steps {cfg.mid_timestep} to "
                 f"{cfg.final_timestep}), expected one of {', '.join(sorted(reached))} or a lower mid_timestep"
             )
-    sampler = Sampler(dit, sigmas, spans, dict.fromkeys(("dit", "dit2"), cfg.sampling.guidance_scale))
-    spans = compared_spans(cfg, sampler)
-    steps = [span.stop - span.start for span in spans]
-    if cfg.kl.every > 1 and (not steps or any(count % cfg.kl.every for count in steps)):
-        counts = " and ".join(f"{count} of {span.expert}" for count, span in zip(steps, spans, strict=True))
+    guidance: dict[str, float] = dict.fromkeys(("dit", "dit2"), cfg.sampling.guidance_scale)
+    sampler = Sampler(dit, sigmas, spans, guidance, rounds_inputs=cfg.frozen_activations == "int8")
+    steps = {span.expert: span.stop - span.start for span in compared_spans(cfg, sampler)}
+    if cfg.kl.every > 1 and (not steps or any(count % cfg.kl.every for count in steps.values())):
+        counts = " and ".join(f"{count} of {expert}" for expert, count in steps.items())
         expected = f"a divisor of the steps with gradient ({counts})" if steps else "1, as no DiT trains"
         raise UserError(f"config.kl.every: expected {expected}, got {cfg.kl.every}")
     return sampler
@@ -108,12 +112,16 @@ def compared_steps(
         return None
     key = jax.random.fold_in(jax.random.fold_in(key, KL), update)
 
-    def draw(clip: Array, span: Span) -> Int[Array, " k"]:
+    def draw(span: Span) -> Int[Array, "k b"]:
         groups = (span.stop - span.start) // every
-        own = jax.random.fold_in(jax.random.fold_in(key, clip), span.start)
-        return every * jnp.arange(groups) + jax.random.randint(own, (groups,), 0, every)
 
-    return {span: jax.vmap(draw, (0, None), 1)(clips, span) for span in compared_spans(cfg, sampler)}
+        def of_clip(clip: Array) -> Int[Array, " k"]:
+            own = jax.random.fold_in(jax.random.fold_in(key, clip), span.start)
+            return every * jnp.arange(groups) + jax.random.randint(own, (groups,), 0, every)
+
+        return jax.vmap(of_clip, out_axes=1)(clips)
+
+    return {span: draw(span) for span in compared_spans(cfg, sampler)}
 
 
 def split_prefix(cfg: Config, sampler: Sampler) -> tuple[Sampler, Sampler]:
@@ -216,16 +224,19 @@ def bind_experts(
 
         return guided
 
+    def rounding(model: Any) -> Any:
+        return round_inputs(model) if sampler.rounds_inputs else model
+
     experts = {}
     still = jax.lax.stop_gradient(params)
     still_context = None if context is None else jax.lax.stop_gradient(context)
     for name in sampler.experts:
         trains, scale = name in params, sampler.guidance[name]
-        reference = velocity(networks.build_reference(name, frozen), still_context, scale) if trains else None
+        reference = velocity(rounding(networks.build_reference(name, frozen)), still_context, scale) if trains else None
         experts[name] = Expert(
             velocity(networks.build(name, params, frozen), context, scale),
             reference,
-            velocity(networks.build(name, still, frozen), still_context, scale),
+            velocity(rounding(networks.build(name, still, frozen)), still_context, scale),
         )
 
     def keep(x: Latents) -> Latents:

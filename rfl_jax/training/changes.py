@@ -43,7 +43,8 @@ MAY_CHANGE = (
     # How it is computed. Videos of an update are compared when the checkpoint is read.
     *("per_device_train_batch_size", "gradient_accumulation_steps", "mesh.data", "mesh.fsdp", "mesh.context"),
     *("use_gradient_checkpointing", "use_gradient_checkpointing_offload", "remat_policy", "vae_caches"),
-    *("dtype", "frozen_weights", "frozen_memory", "optimizer_memory", "attention", "compiler_options"),
+    *("dtype", "frozen_weights", "frozen_activations", "frozen_memory", "optimizer_memory"),
+    *("attention", "compiler_options"),
 )
 
 

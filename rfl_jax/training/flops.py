@@ -82,3 +82,17 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
         needed += passes * (forward + backward + 2 * one.attention)
         executed += passes * (forward + backward + 2.5 * one.attention + again)
     return samples * needed, samples * executed
+
+
+def int8_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: int) -> float:
+    """What `dit_flops` counts as executed in products of 8-bit integers: the linear layers of forward passes without
+    gradient.
+    """
+    tokens = int(np.prod(latents)) // int(np.prod(sampler.dit.patch_size))
+    one = dit_forward(sampler.dit, tokens)
+    passes = sum(
+        sampler.predictions(span.expert) * (references(cfg, span) if span.gradient else span.stop - span.start)
+        for span in sampler.spans
+        if cfg.frozen_activations and cfg.quantizes(span.expert)
+    )
+    return samples * passes * one.linear

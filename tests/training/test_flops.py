@@ -11,7 +11,7 @@ from rfl_jax.config import Config, KLSection
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.sampling.sampler import make_sampler
-from rfl_jax.training.flops import dit_flops, dit_forward, forward_passes
+from rfl_jax.training.flops import dit_flops, dit_forward, forward_passes, int8_flops
 
 A14B = DIT_PRESETS["wan2_2_i2v_a14b"]
 
@@ -38,6 +38,22 @@ def test_steps_that_are_not_compared_spare_the_reference(every):
     for a, b in zip(*(dit_flops(cfg, sampler, (21, 60, 60), 2) for cfg in (each, some)), strict=True):
         assert a - b == pytest.approx(2 * spared * dit_forward(A14B, 18_900).total)
     assert forward_passes(each, sampler)["dit2"] - forward_passes(some, sampler)["dit2"] == spared
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, 3 + 1 + 4),
+        ({"kl": KLSection(every=4)}, 3 + 1 + 1),
+        # Weights that train in full are not int8; the other expert's are.
+        ({"lora_base_model": ()}, 3),
+        ({"frozen_activations": ""}, 0),
+    ],
+)
+def test_forward_passes_without_gradient_are_of_8_bits(changes, passes):
+    cfg = Config(**{"frozen_weights": "int8", "frozen_activations": "int8"} | changes)
+    found = int8_flops(cfg, make_sampler(cfg), (21, 60, 60), 2)
+    assert found == pytest.approx(2 * passes * dit_forward(A14B, 18_900).linear)
 
 
 def test_the_compiler_counts_the_same():
