@@ -74,6 +74,17 @@ class RewardSection(RewardConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class KLSection:
+    """The KL to the untrained network, whose factor is `reward.kl_weight`."""
+
+    every: Annotated[
+        int,
+        AtLeast(1),
+        "Of so many denoising steps with gradient a random one is compared with the reference, for all of them; 1: each.",
+    ] = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class NoiseSection:
     """The noise that a video starts from."""
 
@@ -248,6 +259,10 @@ class Config(Original):
     frozen_weights: Annotated[
         Literal["", "int8"], "DiT weights that do not train in full: 8-bit integers; empty: in dtype."
     ] = ""
+    frozen_activations: Annotated[
+        Literal["", "int8"],
+        "Inputs of int8 weights where nothing is differentiated: 8-bit integers, a scale per token; empty: in dtype.",
+    ] = ""
     frozen_memory: Annotated[
         Literal["device", "pinned_host"],
         "Where DiT weights that do not train in full wait; pinned_host: in host memory, each block for its turn.",
@@ -272,6 +287,7 @@ class Config(Original):
     ] = ()
     mesh: MeshSection = MeshSection()
     reward: RewardSection = RewardSection()
+    kl: KLSection = KLSection()
     noise: NoiseSection = NoiseSection()
     sampling: SamplingSection = SamplingSection()
     data: DataSection = DataSection()
@@ -344,6 +360,11 @@ RULES = (
         ("vae_caches", "remat_policy", "use_gradient_checkpointing"),
         lambda cfg: cfg.vae_caches == "keep" or cfg.policy != "none",
         "keep, as nothing is rematerialised",
+    ),
+    Rule(
+        ("frozen_activations", "frozen_weights"),
+        lambda cfg: not cfg.frozen_activations or cfg.frozen_weights == "int8",
+        "empty, as frozen_weights is",
     ),
     Rule(
         ("init_lora", "lora_base_model"),

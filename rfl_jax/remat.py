@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 BLOCK_INPUT = "block_input"
 ATTENTION_OUTPUT = "attention_output"
 VAE_CACHE = "vae_cache"
+REFERENCE_VELOCITY = "reference_velocity"
 
 
 def _offload(name: str) -> Callable:
@@ -37,6 +38,8 @@ POLICIES: dict[str, Callable | None] = {
     "offload": _offload(BLOCK_INPUT),
 }
 OFFLOAD_VAE_CACHES = _offload(VAE_CACHE)
+# Of whole denoising steps that are rematerialised: a forward pass of the network for the size of the latents.
+KEEP_REFERENCE = jax.checkpoint_policies.save_only_these_names(REFERENCE_VELOCITY)
 VAE_CACHES = ("keep", "offload", "recompute")
 NAMES = ("none", *POLICIES)
 
@@ -59,9 +62,11 @@ def remat(function: Callable, policy: str) -> Callable:
 __all__ = [
     "ATTENTION_OUTPUT",
     "BLOCK_INPUT",
+    "KEEP_REFERENCE",
     "NAMES",
     "OFFLOAD_VAE_CACHES",
     "POLICIES",
+    "REFERENCE_VELOCITY",
     "VAE_CACHE",
     "VAE_CACHES",
     "checkpoint_name",

@@ -103,6 +103,8 @@ def test_a_rule_is_silent_about_what_cannot_be_read():
         ("mesh.fsdp", -2, "a whole number of at least 1, or -1 for the rest"),
         ("max_grad_norm", 0.0, "a positive number"),
         ("frozen_weights", "int4", "int8, or empty"),
+        ("frozen_activations", "int8", "empty, as frozen_weights is"),
+        ("kl.every", 0, "a whole number of at least 1"),
         ("remat_policy", "some", "one of none, full, nested, save_attention, offload, or empty"),
         ("compiler_options", "fast", "NAME=VALUE separated by commas, or empty"),
         ("model_name", "wan2_1", "wan2_2"),

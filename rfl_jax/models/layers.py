@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 Stack = tuple[int, ...]
 
@@ -29,7 +29,8 @@ def expand_to(values: Array, x: Array | np.ndarray) -> Array:
 
 class Linear(nnx.Module):
     """`x @ kernel + bias`, plus the adapter's `(alpha / rank) * x @ lora_a @ lora_b` where one was added. A kernel of int8
-    (`rfl_jax.models.quantize`) has a scale per output channel.
+    (`rfl_jax.models.quantize`) has a scale per output channel; its inputs are then rounded to int8 as well where
+    `rounds_inputs` says so, which has no gradient.
     """
 
     def __init__(
@@ -46,21 +47,39 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(lecun_normal(rngs, (*stack, d_in, d_out), d_in))
         self.bias = nnx.Param(jnp.zeros((*stack, d_out))) if bias else None
         self.kernel_scale: nnx.Param | None = nnx.data(None)
+        self.rounds_inputs = False
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 1.0
 
     def __call__(self, x: Float[Array, "*b d_in"]) -> Float[Array, "*b d_out"]:
         x = x.astype(self.dtype)
-        y = x @ self.kernel[...].astype(self.dtype)
-        if self.kernel_scale is not None:
-            y = y * expand_to(self.kernel_scale[...].astype(self.dtype), y)
+        if self.kernel_scale is not None and self.rounds_inputs:
+            y = int8_product(x, self.kernel[...], self.kernel_scale[...]).astype(self.dtype)
+        else:
+            y = x @ self.kernel[...].astype(self.dtype)
+            if self.kernel_scale is not None:
+                y = y * expand_to(self.kernel_scale[...].astype(self.dtype), y)
         if self.bias is not None:
             y = y + expand_to(self.bias[...].astype(self.dtype), y)
         if self.lora_a is not None and self.lora_b is not None:
             low = x @ self.lora_a[...].astype(self.dtype)
             y = y + self.lora_scale * (low @ self.lora_b[...].astype(self.dtype))
         return y
+
+
+def int8_product(
+    x: Float[Array, "*b d_in"], kernel: Int8[Array, "d_in d_out"], scale: Float[Array, " d_out"]
+) -> Float[Array, "*b d_out"]:
+    """`x @ (kernel * scale)` in float32, with each row of `x` rounded to int8: its largest value becomes 127. Products are
+    of integers, added up exactly (in 32 bits, up to 130,000 of them).
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-30)
+    # One division a row.
+    rounded = jnp.rint(x * (127 / largest)).astype(jnp.int8)
+    y = jnp.matmul(rounded, kernel, preferred_element_type=jnp.int32)
+    return y.astype(jnp.float32) * (largest / 127) * expand_to(scale.astype(jnp.float32), y)
 
 
 class RMSNorm(nnx.Module):

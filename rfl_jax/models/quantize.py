@@ -1,4 +1,6 @@
-"""Weights that never train as 8-bit integers: half the memory of bfloat16."""
+"""Weights that never train as 8-bit integers: half the memory of bfloat16, and products at twice its rate where a chip has them
+and the inputs are rounded too.
+"""
 
 from typing import TypeVar
 
@@ -21,4 +23,12 @@ def quantize(model: M) -> M:
         scale = jnp.max(jnp.abs(kernel), -2) / 127
         layer.kernel = nnx.Param(jnp.rint(kernel / jnp.maximum(scale, 1e-30)[..., None, :]).astype(jnp.int8))
         layer.kernel_scale = nnx.Param(scale)
+    return model
+
+
+def round_inputs(model: M) -> M:
+    """Has the layers that `quantize` rounded round their inputs as well, in place: for forward passes without gradient."""
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, Linear) and layer.kernel_scale is not None:
+            layer.rounds_inputs = True
     return model

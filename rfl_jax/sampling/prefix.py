@@ -112,7 +112,8 @@ def _settings(cfg: Config, sources: Sources, sampler: Sampler, key: jax.Array, m
         "sigmas": sampler.sigmas.tolist(),
         "guidance": [cfg.sampling.guidance_scale, cfg.sampling.negative_prompt],
         "key": jax.random.key_data(key).tolist(),
-        "dtype": [cfg.dtype, cfg.frozen_weights],
+        # The last of them only where it is set: prefixes of earlier releases are good without.
+        "dtype": [cfg.dtype, cfg.frozen_weights, *filter(None, [cfg.frozen_activations])],
         "mode": mode,
     }
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from rfl_jax.remat import KEEP_REFERENCE, REFERENCE_VELOCITY, checkpoint_name
 from rfl_jax.sampling.phases import phase_scope
 from rfl_jax.sampling.schedule import TRAIN_TIMESTEPS, Span
 
@@ -38,7 +39,8 @@ class Denoised:
     Attributes:
         latents: after the last step.
         trajectory: [s, b, t, h, w, c] latents after each step.
-        kl: [g, b] of each gradient step: mean((v - v_ref)^2) / (2 sigma^2).
+        kl: [g, b] of each gradient step: mean((v - v_ref)^2) / (2 sigma^2). Where only some steps are compared with the
+            reference, theirs as often as there are steps for each of them, and 0 of the others.
     """
 
     latents: Latents
@@ -58,6 +60,7 @@ def rollout(
     keep: Callable[[Latents], Latents] = lambda x: x,
     nested: bool = False,
     unroll: bool = False,
+    compared: Mapping[Span, Int[Array, "k b"]] | None = None,
 ) -> Denoised:
     """Euler steps `x + (sigma[i+1] - sigma[i]) * v(x, t[i])` over the spans, each one `lax.scan`.
 
@@ -67,8 +70,12 @@ def rollout(
         sigmas: noise levels, one more than steps.
         spans: from `plan_spans`. Latents are cut off from the gradient before the first span that has one.
         keep: applied to the latents before the first and after every step (TI2V writes the first frame back).
-        nested: rematerialise whole steps with gradient, so that the activations of one at a time are kept.
+        nested: rematerialise whole steps with gradient, so that the activations of one at a time are kept; of the
+            reference its velocity is.
         unroll: write the steps with gradient out instead of looping.
+        compared: of the spans that have a reference, the steps of each sample (counted from the span's first) whose
+            velocity is compared with it, each for an equal share of the span's steps; all steps by default. The
+            reference runs for these alone, after the span.
     """
     b = noise.shape[0]
     x = keep(noise)
@@ -77,6 +84,7 @@ def rollout(
         expert = experts[span.expert]
         velocity = expert.velocity if span.gradient else expert.frozen
         reference = expert.reference if span.gradient else None
+        some = compared[span] if compared is not None and reference is not None else None
         if not span.gradient:
             x = jax.lax.stop_gradient(x)
 
@@ -84,26 +92,61 @@ def rollout(
             x: Latents,
             level: tuple[Array, Array],
             velocity: Velocity = velocity,
-            reference: Velocity | None = reference,
-        ) -> tuple[Latents, tuple[Latents, Array]]:
+            reference: Velocity | None = reference if some is None else None,
+            passed: bool = some is not None,
+        ) -> tuple[Latents, tuple[Latents, Array, tuple[Latents, Latents] | None]]:
             sigma, following = level
-            t = jnp.full(b, sigma * TRAIN_TIMESTEPS)
-            v = velocity(x, t)
-            divergence = jnp.zeros(b)
-            if reference is not None:
-                # The reference is a constant: its dependence on the latents is not differentiated.
-                target = jax.lax.stop_gradient(reference(jax.lax.stop_gradient(x), t))
-                divergence = jnp.mean((v - target) ** 2, (1, 2, 3, 4)) / (2 * sigma**2)
-            x = keep(x + (following - sigma) * v)
-            return x, (x, divergence)
+            v = velocity(x, jnp.full(b, sigma * TRAIN_TIMESTEPS))
+            divergence = jnp.zeros(b) if reference is None else _divergence(reference, x, v, sigma)
+            after = keep(x + (following - sigma) * v)
+            return after, (after, divergence, (x, v) if passed else None)
 
-        body = jax.checkpoint(step, prevent_cse=False) if nested and span.gradient else step
+        body = jax.checkpoint(step, policy=KEEP_REFERENCE, prevent_cse=False) if nested and span.gradient else step
         steps = (jnp.asarray(sigmas[span.start : span.stop]), jnp.asarray(sigmas[span.start + 1 : span.stop + 1]))
         with phase_scope("grad_steps" if span.gradient else "no_grad_steps"):
-            x, (states, divergences) = jax.lax.scan(body, x, steps, unroll=unroll and span.gradient)
+            x, (states, divergences, passed) = jax.lax.scan(body, x, steps, unroll=unroll and span.gradient)
+            if reference is not None and some is not None and passed is not None:
+                divergences = _divergences_of_some(reference, *passed, steps[0], some)
         if not span.gradient:
             x, states = jax.lax.stop_gradient(x), jax.lax.stop_gradient(states)
         else:
             kl.append(divergences)
         trajectory.append(states)
     return Denoised(x, jnp.concatenate(trajectory), jnp.concatenate(kl))
+
+
+def _divergence(reference: Velocity, x: Latents, v: Latents, sigma: Float[Array, "*b"]) -> Float[Array, " b2"]:
+    """mean((v - v_ref)^2) / (2 sigma^2) of each sample, at a sigma of all or of each. The reference is a constant: its
+    dependence on the latents is not differentiated.
+    """
+    t = jnp.broadcast_to(sigma * TRAIN_TIMESTEPS, x.shape[:1])
+    target = checkpoint_name(jax.lax.stop_gradient(reference(jax.lax.stop_gradient(x), t)), REFERENCE_VELOCITY)
+    return jnp.mean((v - target) ** 2, (1, 2, 3, 4)) / (2 * sigma**2)
+
+
+def _divergences_of_some(
+    reference: Velocity,
+    x: Float[Array, "s b t h w c"],
+    v: Float[Array, "s b t h w c"],
+    sigmas: Float[Array, " s"],
+    some: Int[Array, "k b"],
+) -> Float[Array, "s b"]:
+    """Divergences of some steps, s / k times each, between zeros of the others; k forward passes of the reference.
+
+    Args:
+        reference: what is compared with.
+        x: latents before each step.
+        v: velocity of each step.
+        sigmas: of each step.
+        some: the steps of each sample.
+    """
+
+    def taken(of_steps: Float[Array, "s b t h w c"]) -> Float[Array, "k b t h w c"]:
+        return jnp.take_along_axis(of_steps, some[..., None, None, None, None], 0)
+
+    def one(_: None, step: tuple[Latents, Latents, Array]) -> tuple[None, Array]:
+        return None, _divergence(reference, *step)
+
+    # One forward pass is no loop.
+    _, found = jax.lax.scan(one, None, (taken(x), taken(v), sigmas[some]), unroll=0 if len(some) == 1 else 1)
+    return jnp.put_along_axis(jnp.zeros(v.shape[:2]), some, len(v) / len(some) * found, 0, inplace=False)

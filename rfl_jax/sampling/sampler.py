@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
+from rfl_jax.models.quantize import round_inputs
 from rfl_jax.models.wan.conditioning import conditioning_of
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.networks.parts import Frozen, Networks, States
@@ -21,6 +22,9 @@ from rfl_jax.sampling.rollout import Expert, Latents, Velocity
 from rfl_jax.sampling.schedule import Span, make_sigmas, plan_spans
 
 Batch = Mapping[str, Array]
+
+# Folded into the run's key, so that the choice of steps has nothing to do with a noise.
+KL = 0x4B1D
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +36,15 @@ class Sampler:
         sigmas: noise levels, one more than steps.
         spans: which network takes which steps.
         guidance: classifier-free guidance scale of each expert; 1 is none.
+        rounds_inputs: whether int8 weights meet int8 inputs where nothing is differentiated: in spans without gradient
+            and in the KL's reference.
     """
 
     dit: DiTConfig
     sigmas: Float[np.ndarray, " n"]
     spans: tuple[Span, ...]
     guidance: Mapping[str, float]
+    rounds_inputs: bool = False
 
     @property
     def experts(self) -> list[str]:
@@ -58,7 +65,7 @@ def make_sampler(cfg: Config) -> Sampler:
     """All steps of an update.
 
     Raises:
-        UserError: a trained DiT that no step with gradient uses.
+        UserError: a trained DiT that no step with gradient uses, or groups of steps that do not fill its steps.
     """
     dit = DIT_PRESETS[cfg.preset]
     sigmas = make_sigmas(cfg.num_inference_steps, cfg.sampling.shift)
@@ -72,7 +79,49 @@ def make_sampler(cfg: Config) -> Sampler:
                 f"config.trainable_models: {name} serves no step with gradient (steps {cfg.mid_timestep} to "
                 f"{cfg.final_timestep}), expected one of {', '.join(sorted(reached))} or a lower mid_timestep"
             )
-    return Sampler(dit, sigmas, spans, dict.fromkeys(("dit", "dit2"), cfg.sampling.guidance_scale))
+    guidance: dict[str, float] = dict.fromkeys(("dit", "dit2"), cfg.sampling.guidance_scale)
+    sampler = Sampler(dit, sigmas, spans, guidance, rounds_inputs=cfg.frozen_activations == "int8")
+    steps = {span.expert: span.stop - span.start for span in compared_spans(cfg, sampler)}
+    if cfg.kl.every > 1 and (not steps or any(count % cfg.kl.every for count in steps.values())):
+        counts = " and ".join(f"{count} of {expert}" for expert, count in steps.items())
+        expected = f"a divisor of the steps with gradient ({counts})" if steps else "1, as no DiT trains"
+        raise UserError(f"config.kl.every: expected {expected}, got {cfg.kl.every}")
+    return sampler
+
+
+def compared_spans(cfg: Config, sampler: Sampler) -> tuple[Span, ...]:
+    """The steps whose velocity has a reference: those with gradient of networks that train."""
+    return tuple(span for span in sampler.spans if span.gradient and span.expert in cfg.trained)
+
+
+def compared_steps(
+    cfg: Config, sampler: Sampler, key: Array, update: Array | int, clips: Int[Array, " b"]
+) -> dict[Span, Int[Array, "k b"]] | None:
+    """Which steps of each span the KL compares with the reference: one of every `kl.every`, at random; None: all.
+
+    Args:
+        cfg: of the run.
+        sampler: the steps.
+        key: the run's.
+        update: how many updates were made. A clip's steps are a function of key, update and the clip's number, whatever
+            the mesh, and whether or not the run was interrupted.
+        clips: numbers of the clips.
+    """
+    every = cfg.kl.every
+    if every == 1:
+        return None
+    key = jax.random.fold_in(jax.random.fold_in(key, KL), update)
+
+    def draw(span: Span) -> Int[Array, "k b"]:
+        groups = (span.stop - span.start) // every
+
+        def of_clip(clip: Array) -> Int[Array, " k"]:
+            own = jax.random.fold_in(jax.random.fold_in(key, clip), span.start)
+            return every * jnp.arange(groups) + jax.random.randint(own, (groups,), 0, every)
+
+        return jax.vmap(of_clip, out_axes=1)(clips)
+
+    return {span: draw(span) for span in compared_spans(cfg, sampler)}
 
 
 def split_prefix(cfg: Config, sampler: Sampler) -> tuple[Sampler, Sampler]:
@@ -175,16 +224,19 @@ def bind_experts(
 
         return guided
 
+    def rounding(model: Any) -> Any:
+        return round_inputs(model) if sampler.rounds_inputs else model
+
     experts = {}
     still = jax.lax.stop_gradient(params)
     still_context = None if context is None else jax.lax.stop_gradient(context)
     for name in sampler.experts:
         trains, scale = name in params, sampler.guidance[name]
-        reference = velocity(networks.build_reference(name, frozen), still_context, scale) if trains else None
+        reference = velocity(rounding(networks.build_reference(name, frozen)), still_context, scale) if trains else None
         experts[name] = Expert(
             velocity(networks.build(name, params, frozen), context, scale),
             reference,
-            velocity(networks.build(name, still, frozen), still_context, scale),
+            velocity(rounding(networks.build(name, still, frozen)), still_context, scale),
         )
 
     def keep(x: Latents) -> Latents:

@@ -30,7 +30,8 @@ FIXED = (
 MAY_CHANGE = (
     # How long and how fast it learns, and from what.
     *("learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "max_grad_norm", "max_bad_steps"),
-    *("num_train_epochs", "max_steps", "early_stop", "reward.weight", "reward.kl_weight", "noise.per_sample"),
+    *("num_train_epochs", "max_steps", "early_stop", "reward.weight", "reward.kl_weight", "kl.every"),
+    "noise.per_sample",
     *("file_name", "data.on_bad_row", "data.cache_dir", "noise.prefix_cache"),
     # Where weights come from. Those that a run begins with are not looked at again.
     *("model_paths", "model_id_with_origin_paths", "tokenizer_path", "reward_model_path"),
@@ -42,7 +43,8 @@ MAY_CHANGE = (
     # How it is computed. Videos of an update are compared when the checkpoint is read.
     *("per_device_train_batch_size", "gradient_accumulation_steps", "mesh.data", "mesh.fsdp", "mesh.context"),
     *("use_gradient_checkpointing", "use_gradient_checkpointing_offload", "remat_policy", "vae_caches"),
-    *("dtype", "frozen_weights", "frozen_memory", "optimizer_memory", "attention", "compiler_options"),
+    *("dtype", "frozen_weights", "frozen_activations", "frozen_memory", "optimizer_memory"),
+    *("attention", "compiler_options"),
 )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from rfl_jax.config import Config
 from rfl_jax.models.wan.config import DiTConfig
 from rfl_jax.sampling.sampler import Sampler
+from rfl_jax.sampling.schedule import Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,11 @@ def dit_forward(cfg: DiTConfig, tokens: int) -> Forward:
     return Forward(float(cfg.num_layers * linear), float(cfg.num_layers * (4 * n * n * d + 4 * n * s * d)))
 
 
+def references(cfg: Config, span: Span) -> int:
+    """Forward passes of the KL's reference over the steps of a span."""
+    return (span.stop - span.start) // cfg.kl.every if span.gradient and span.expert in cfg.trained else 0
+
+
 def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, int]:
     """How often one micro-batch takes each DiT's weights: forward, for the reference, again under remat, backward."""
     count: dict[str, int] = {}
@@ -40,8 +46,9 @@ def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, int]:
     for span in sampler.spans:
         passes = 1
         if span.gradient:
-            passes = (2 if span.expert in cfg.trained else 1) + again + 1
-        passes *= (span.stop - span.start) * sampler.predictions(span.expert)
+            passes += again + 1
+        passes = passes * (span.stop - span.start) + references(cfg, span)
+        passes *= sampler.predictions(span.expert)
         count[span.expert] = count.get(span.expert, 0) + passes
     return count
 
@@ -49,8 +56,8 @@ def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, int]:
 def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: int) -> tuple[float, float]:
     """What one update needs of the transformers, and what it executes, all samples together.
 
-    A step without gradient is a forward pass. One with gradient is two, the second the reference, and a backward pass:
-    for weights that stay, as much as forward; for those that train in full, twice; for attention twice, as its
+    A step without gradient is a forward pass. One with gradient is one as well, another where the reference runs, and a
+    backward pass: for weights that stay, as much as forward; for those that train in full, twice; for attention twice, as its
     kernels recompute the scores two and a half times. Rematerialisation executes the forward pass again, under
     "save_attention" without its attention, under "nested" twice.
 
@@ -69,9 +76,23 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
             needed += passes * one.total
             executed += passes * one.total
             continue
-        forward = one.total * (2 if span.expert in cfg.trained else 1)
+        forward = one.total * (1 + references(cfg, span) / (span.stop - span.start))
         backward = one.linear * (2 if cfg.trains_in_full(span.expert) else 1)
         again = {"none": 0.0, "save_attention": one.linear, "nested": 2 * one.total}.get(cfg.policy, one.total)
         needed += passes * (forward + backward + 2 * one.attention)
         executed += passes * (forward + backward + 2.5 * one.attention + again)
     return samples * needed, samples * executed
+
+
+def int8_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: int) -> float:
+    """What `dit_flops` counts as executed in products of 8-bit integers: the linear layers of forward passes without
+    gradient.
+    """
+    tokens = int(np.prod(latents)) // int(np.prod(sampler.dit.patch_size))
+    one = dit_forward(sampler.dit, tokens)
+    passes = sum(
+        sampler.predictions(span.expert) * (references(cfg, span) if span.gradient else span.stop - span.start)
+        for span in sampler.spans
+        if cfg.frozen_activations and cfg.quantizes(span.expert)
+    )
+    return samples * passes * one.linear

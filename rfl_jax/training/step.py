@@ -17,7 +17,7 @@ from rfl_jax.remat import steps_options
 from rfl_jax.rewards.face import reward_loss
 from rfl_jax.sampling.phases import phase_scope
 from rfl_jax.sampling.rollout import rollout
-from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
+from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, compared_steps, latent_shape, start_noise
 from rfl_jax.training.finite import finite_gradients, finite_weights
 from rfl_jax.training.state import TrainState
 
@@ -25,21 +25,23 @@ Metrics = dict[str, Array]
 Step = Callable[[TrainState, Frozen, Batch, Array], tuple[TrainState, Metrics]]
 
 
-def make_loss(
-    cfg: Config, networks: Networks, sampler: Sampler
-) -> Callable[[States, Frozen, Batch, Array], tuple[Array, Metrics]]:
-    """`(params, frozen, batch, key) -> (loss, metrics)` of one micro-batch.
+def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[..., tuple[Array, Metrics]]:
+    """`(params, frozen, batch, key, update=0) -> (loss, metrics)` of one micro-batch, after so many updates.
 
     A batch may bring the latents it starts from: "prefix", after steps that are not the sampler's, or "noise".
     """
 
-    def loss(params: States, frozen: Frozen, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+    def loss(
+        params: States, frozen: Frozen, batch: Batch, key: Array, update: Array | int = 0
+    ) -> tuple[Array, Metrics]:
         experts, keep = bind_experts(networks, sampler, params, frozen, batch)
         start = batch.get("prefix", batch.get("noise"))
         if start is None:
             shape = latent_shape(sampler, batch)
             start = start_noise(key, batch["clip"], batch["noise_index"], shape, cfg.noise.mode)
-        out = rollout(experts, start, sampler.sigmas, sampler.spans, keep=keep, **steps_options(cfg.policy))
+        compared = compared_steps(cfg, sampler, key, update, batch["clip"])
+        options = steps_options(cfg.policy)
+        out = rollout(experts, start, sampler.sigmas, sampler.spans, keep=keep, compared=compared, **options)
         with phase_scope("vae"):
             video = networks.build("vae", params, frozen).decode(out.latents)
         with phase_scope("reward"):
@@ -95,7 +97,9 @@ def make_step(
     grad = jax.value_and_grad(make_loss(cfg, networks, sampler), has_aux=True)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = accumulate(partial(grad, state.params, frozen, key=key), batch, state.params)
+        grads, metrics = accumulate(
+            partial(grad, state.params, frozen, key=key, update=state.step), batch, state.params
+        )
         before = state
         if cfg.optimizer_memory != "device":
             opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from convert import dit
 from convert.mapping import unfill
 from rfl_jax import remat
-from rfl_jax.models.quantize import quantize
+from rfl_jax.models.layers import int8_product
+from rfl_jax.models.quantize import quantize, round_inputs
 from rfl_jax.models.wan.config import DIT_PRESETS, VAE_PRESETS, DiTConfig, pixel_multiple, vae_preset
 from rfl_jax.models.wan.dit import DiT, timestep_embedding
 from rfl_jax.models.wan.rope import rope_freqs, split_pairs
@@ -153,6 +154,40 @@ def test_int8_weights_stay_close():
     error = relative(model(x, t, context), want)
     print(f"velocity error of int8 weights: {error:.4f}")
     assert 0 < error < 0.02
+
+
+def test_int8_products_are_those_of_exact_integers():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 7, 200)).astype(np.float32) * np.logspace(-6, 6, 7, dtype=np.float32)[:, None]
+    x[0, 0] = 0
+    kernel, scale = rng.integers(-127, 128, (200, 30), np.int8), rng.uniform(1e-3, 1, 30).astype(np.float32)
+    largest = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-30))
+    rounded = np.rint(x * (127 / largest)).astype(np.int64)
+    assert np.all(np.abs(rounded).max(-1) == 127 * (x != 0).any(-1))
+    step = largest / 127
+    want = (rounded @ kernel.astype(np.int64)).astype(np.float32) * step * scale
+    found = np.asarray(jax.jit(int8_product)(x, kernel, scale))
+    np.testing.assert_allclose(found, want, rtol=1e-6)
+    # A rounded value is off by half a step at most: a product by that times the sum of the weights.
+    exact = x.astype(np.float64) @ (kernel * scale.astype(np.float64))
+    assert np.all(np.abs(found - exact) <= 0.501 * step * np.abs(kernel * scale).sum(0))
+
+
+def test_int8_inputs_stay_close_to_int8_weights_alone():
+    x, t, context = inputs()
+    weights, both = quantize(random_model(dtype=jnp.bfloat16)), round_inputs(quantize(random_model(dtype=jnp.bfloat16)))
+    error = relative(both(x, t, context), weights(x, t, context))
+    print(f"velocity error of int8 inputs: {error:.4f}")
+    assert 0 < error < 0.02
+    assert int8_products(both, x, t, context) == 10
+    assert int8_products(weights, x, t, context) == 0
+    # What is not rounded has no int8 inputs either.
+    assert int8_products(round_inputs(random_model()), x, t, context) == 0
+
+
+def int8_products(model, *args):
+    """How many products of a layer take int8 on both sides and add up in 32 bits."""
+    return str(jax.make_jaxpr(model)(*args)).count("preferred_element_type=int32")
 
 
 def test_bfloat16_compute_stays_close():

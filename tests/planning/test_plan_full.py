@@ -1,10 +1,14 @@
 """The full-size step compiled for real slices: minutes each, run by hand (`pytest -m slow`)."""
 
 import json
+import re
 from importlib.util import find_spec
 
+import jax
 import pytest
 
+from rfl_jax.chips import devices_of
+from rfl_jax.planning.abstract import make_plan, on_devices
 from tests.planning.test_plan import plan
 
 A14B = ["--config=configs/wan2_2_i2v_a14b.py", "--json"]
@@ -33,3 +37,14 @@ def test_a_chip_too_small_is_refused_with_what_was_needed():
     report = json.loads(found.stdout)
     assert not report["fits"]
     assert report["needed"] > report["limit"]
+
+
+def test_forward_passes_without_gradient_multiply_integers(settings):
+    changes = {"kl.every": 4, "mesh.context": 4, "remat_policy": "full", "attention": "flash"}
+    cfg = settings(dtype="bfloat16", frozen_weights="int8", frozen_activations="int8", **changes)
+    cfg, mesh = on_devices(cfg, devices_of("v5p:2x2x1"))
+    made = make_plan(cfg, mesh)
+    with jax.set_mesh(mesh):
+        text = made.step.lower(*made.args).compile(compiler_options={"exec_time_optimization_effort": -1.0}).as_text()
+    # Ten linear layers in the loop over the layers of the step before the gradient, and in that of the reference.
+    assert len(re.findall(r"= s32\[[\d,]*\]\S* convolution\(", text)) == 2 * 10

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from rfl_jax.config import Config
+from rfl_jax.config import Config, KLSection
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.sampling.sampler import make_sampler
-from rfl_jax.training.flops import dit_flops, dit_forward
+from rfl_jax.training.flops import dit_flops, dit_forward, forward_passes, int8_flops
 
 A14B = DIT_PRESETS["wan2_2_i2v_a14b"]
 
@@ -28,6 +28,32 @@ def test_a_step_executes_the_designs(policy, tera):
     assert executed / 1e12 == pytest.approx(tera, rel=0.02)
     assert needed < executed
     assert dit_flops(cfg, make_sampler(cfg), (21, 60, 60), 3)[1] == pytest.approx(3 * executed)
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_steps_that_are_not_compared_spare_the_reference(every):
+    each, some = Config(), Config(kl=KLSection(every=every))
+    sampler = make_sampler(some)
+    spared = 4 - 4 // every
+    for a, b in zip(*(dit_flops(cfg, sampler, (21, 60, 60), 2) for cfg in (each, some)), strict=True):
+        assert a - b == pytest.approx(2 * spared * dit_forward(A14B, 18_900).total)
+    assert forward_passes(each, sampler)["dit2"] - forward_passes(some, sampler)["dit2"] == spared
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, 3 + 1 + 4),
+        ({"kl": KLSection(every=4)}, 3 + 1 + 1),
+        # Weights that train in full are not int8; the other expert's are.
+        ({"lora_base_model": ()}, 3),
+        ({"frozen_activations": ""}, 0),
+    ],
+)
+def test_forward_passes_without_gradient_are_of_8_bits(changes, passes):
+    cfg = Config(**{"frozen_weights": "int8", "frozen_activations": "int8"} | changes)
+    found = int8_flops(cfg, make_sampler(cfg), (21, 60, 60), 2)
+    assert found == pytest.approx(2 * passes * dit_forward(A14B, 18_900).linear)
 
 
 def test_the_compiler_counts_the_same():

@@ -9,7 +9,10 @@ import optax
 import pytest
 from flax import nnx
 
+from rfl_jax.config import KLSection
 from rfl_jax.errors import UserError
+from rfl_jax.models.lora import add_lora
+from rfl_jax.models.quantize import quantize
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.networks.parts import Frozen, Networks
@@ -26,7 +29,8 @@ from rfl_jax.sampling.sampler import (
 )
 from rfl_jax.sampling.schedule import make_sigmas, plan_spans
 from rfl_jax.sharding import check_rules
-from rfl_jax.training.step import make_loss
+from rfl_jax.training.optim import learning_rate, optimizer
+from rfl_jax.training.step import make_loss, make_step
 from tests.golden import relative
 from tests.runs import open_run
 
@@ -111,6 +115,21 @@ def test_int8_weights_give_the_same_direction(settings, tmp_path):
     assert 0.97 < similarity < 1
 
 
+@pytest.mark.slow
+def test_int8_inputs_give_the_same_direction_and_a_floor_of_the_kl(settings, tmp_path):
+    found, floors = [], []
+    for activations in ("", "int8"):
+        run = open_run(settings(frozen_weights="int8", frozen_activations=activations), tmp_path)
+        found.append(flat(gradients(run)[2]))
+        batch = run.inputs.batches.place_share(next(run.iterator()))
+        floors.append(float(run.update(run.state, run.frozen, batch, run.inputs.key)[1]["kl_loss"]))
+    similarity = cosine(*found)
+    print(f"cosine of reward gradients with int8 inputs: {similarity:.4f}; KL before training: {floors[1]:.1e}")
+    assert 0.99 < similarity < 1
+    # Before training network and reference are the same; what is left is the rounding of the reference's inputs.
+    assert floors[0] == 0 < floors[1] < 1e-3
+
+
 def test_optimizer_moments_lie_where_their_weights_do(settings, tmp_path):
     cfg = settings(**{"mesh.fsdp": 2, "mesh.context": 4}, per_device_train_batch_size=1)
     run = open_run(cfg, tmp_path)
@@ -183,6 +202,31 @@ def test_what_is_named_trains_and_nothing_else(settings, tmp_path, changes, trai
         assert np.mean([not np.array_equal(a, b) for a, b in pairs]) > 0.9, name
     for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(snapshot(run.frozen)), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_each_update_compares_another_step_and_all_of_them_are_the_whole_kl(settings, tmp_path):
+    run = open_run(settings(train_batch_size=1, per_device_train_batch_size=1), tmp_path)
+    batch = run.inputs.batches.place_share(next(run.iterator()))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + 0.02 * rng.normal(size=p.shape).astype(np.float32), run.state.params)
+
+    def kl(every):
+        cfg = dataclasses.replace(run.cfg, kl=KLSection(every=every))
+        step = make_step(cfg, run.networks, run.inputs.sampler, optimizer(cfg, 1), learning_rate(cfg, 1))
+        # Of the whole step the compiler keeps what this takes.
+        alone = jax.jit(lambda state, *args: step(state, *args)[1]["kl_loss"])
+
+        def after(updates):
+            state = dataclasses.replace(run.state, step=jnp.int32(updates), params=params)
+            return float(alone(state, run.frozen, batch, run.inputs.key))
+
+        return after
+
+    whole, single = kl(1), kl(4)
+    found = [single(updates) for updates in range(16)]
+    assert found == [single(updates) for updates in range(16)]
+    assert len(set(found)) == 4
+    assert np.mean(list(set(found))) == pytest.approx(whole(0), rel=1e-5)
 
 
 def test_adapter_gradient_equals_finite_differences(monkeypatch, settings, tmp_path):
@@ -345,3 +389,23 @@ def test_first_frame_in_the_latents_has_timestep_zero_and_guidance_extrapolates(
     assert relative(experts["dit"].velocity(x, jnp.full(2, 500.0)), without + 3.0 * (with_text - without)) < 1e-5
     # Nothing of it trains: no reference, and nothing to diverge from.
     assert experts["dit"].reference is None
+
+
+def test_int8_inputs_are_of_forward_passes_without_gradient_alone():
+    cfg = dataclasses.replace(DIT_PRESETS["mini"], num_layers=2, boundary=None)
+    model = quantize(DiT(cfg, rngs=nnx.Rngs(0)))
+    base = nnx.split(model)[0]
+    graph, adapters, rest = nnx.split(add_lora(model, rank=2, targets=["q"], key=jax.random.key(0)), nnx.LoRAParam, ...)
+    networks, frozen = Networks({"dit": graph}, {"dit": base}, ("dit",)), Frozen({"dit": rest}, {})
+    levels = make_sigmas(8, 5.0)
+    x, batch = jnp.zeros((1, 3, 4, 4, 16)), {"context": jnp.zeros((1, cfg.text_len, cfg.text_dim))}
+    batch["y"] = jnp.zeros((1, 3, 4, 4, 20))
+    for rounds in (False, True):
+        spans = plan_spans(levels, boundary=None, mid=4, final=7)
+        sampler = Sampler(cfg, levels, spans, {"dit": 1.0}, rounds_inputs=rounds)
+        expert = bind_experts(networks, sampler, {"dit": adapters}, frozen, batch)[0]["dit"]
+        products = [
+            str(jax.make_jaxpr(velocity)(x, jnp.zeros(1))).count("preferred_element_type=int32")
+            for velocity in (expert.velocity, expert.reference, expert.frozen)
+        ]
+        assert products == ([0, 10, 10] if rounds else [0, 0, 0])
