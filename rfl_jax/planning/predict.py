@@ -147,17 +147,15 @@ class Predictor:
         links: of the slice.
         chip: the devices'; its clock is known.
         kind: the devices' kind as jax names it.
-        tiles: of the attention kernels.
     """
 
-    def __init__(self, program: Program, links: Links, chip: Chip, kind: str, tiles: Tiles = TILES) -> None:
+    def __init__(self, program: Program, links: Links, chip: Chip, kind: str) -> None:
         assert chip.clock is not None
         self._program = program
         self._links = links
         self._chip = chip
         self._clock = chip.clock
-        self._kind = kind
-        self._tiles = tiles
+        self._measured = KERNELS.get((kind, TILES))
         self.notes: dict[str, None] = {}
         self._cached = functools.cache(self._computation)
 
@@ -255,16 +253,14 @@ class Predictor:
         kind = self._kind_of(instruction)
         if instruction.cycles is not None:
             return kind, instruction.cycles / self._clock
-        if instruction.opcode == "custom-call":
-            return kind, 0.0  # annotations, and room for results
+        if instruction.opcode == "custom-call" or instruction.opcode.endswith("-update"):
+            return kind, 0.0  # annotations, room for results, and what goes on by itself
         operators = {instruction.opcode, *(i.opcode for i in self._program.held(instruction))}
         if operators & {"gather", "scatter"}:
             self.notes["the compiler reckons nothing for gathers and scatters: their bytes alone are in it"] = None
         return kind, self._touched(instruction) / self._chip.bandwidth
 
     def _kind_of(self, instruction: Instruction) -> str:
-        if instruction.opcode.endswith("-update"):
-            return "copies"
         operators = {i.opcode for i in (instruction, *self._program.held(instruction))} - _FREE - {"fusion"}
         if operators & {"convolution", "dot"}:
             return "products"
@@ -275,8 +271,6 @@ class Predictor:
 
     def _touched(self, instruction: Instruction) -> int:
         """Bytes of a device's large memory that an operator reads and writes."""
-        if instruction.opcode.endswith("-update"):
-            return 0
         operands = [self._program.named[name].shape for name in instruction.operands]
         if instruction.opcode == "dynamic-update-slice":
             return 2 * bytes_of(operands[1], device=True)  # in place
@@ -291,12 +285,12 @@ class Predictor:
         (heads, queries, width), (_, keys, _) = (
             dimensions(self._program.named[name].shape) for name in instruction.operands[:2]
         )
-        measured = KERNELS.get((self._kind, self._tiles))
+        measured = self._measured
         if measured is None:
             self.notes["attention kernels were not measured for these devices: taken at the peak of arithmetic"] = None
             operations = {"forward": 4, "backward": 10}[found[1]] * heads * queries * keys * width
             return "attention", operations / self._chip.flops
-        pairs = queries * keys / (self._tiles.queries * self._tiles.keys) * width / LANES
+        pairs = queries * keys / (TILES.queries * TILES.keys) * width / LANES
         cycles = measured.forward if found[1] == "forward" else measured.backward
         return "attention", math.ceil(heads / measured.cores) * pairs * cycles / self._clock
 
