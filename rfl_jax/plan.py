@@ -14,12 +14,12 @@ import jax
 from absl import flags
 
 from rfl_jax import cli
-from rfl_jax.chips import GIB, chip_of, devices_of
+from rfl_jax.chips import GIB, devices_of
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
 from rfl_jax.planning.abstract import make_plan, on_devices
 from rfl_jax.planning.compile import LEAST, Report, compile_plan
-from rfl_jax.planning.predict import KINDS, Prediction
+from rfl_jax.planning.predict import KINDS, Prediction, check_predictable
 from rfl_jax.planning.search import PREDICTED, Tried, predicted, walk
 from rfl_jax.terminal import command_line, tell_next
 
@@ -39,7 +39,7 @@ def as_json(cfg: Config, report: Report, topology: str) -> dict[str, Any]:
 def show(cfg: Config, report: Report, topology: str) -> None:
     """The table on the terminal."""
 
-    def gib(value: float | None) -> str:
+    def gib(value: int | float | None) -> str:
         return "-" if value is None else f"{value / GIB:.2f} GiB"
 
     frames, height, width = report.video
@@ -96,7 +96,9 @@ def main() -> None:
         raise UserError("--topology: expected local, an accelerator type such as v5p-8, or a topology")
     devices = devices_of(topology)
     if _PREDICT.value:
-        _check_predictable(topology, devices)
+        check_predictable(topology, devices)
+        notice = "--predict compiles as training does: A14B takes 10 to 20 minutes of one processor for each variant"
+        print(notice, file=sys.stderr, flush=True)
     tried = _try(cfg, devices)
     if not tried:
         raise UserError(
@@ -143,22 +145,6 @@ def _try(cfg: Config, devices: Sequence[Any]) -> list[Tried]:
             _tell(entry)
             tried.append(entry)
     return tried
-
-
-def _check_predictable(topology: str, devices: Sequence[Any]) -> None:
-    """Says what a prediction takes.
-
-    Raises:
-        UserError: an update's time cannot be predicted for these devices.
-    """
-    chip = chip_of(devices[0])
-    if devices[0].platform != "tpu" or chip is None or chip.clock is None:
-        raise UserError(f"--predict: {topology}: expected a slice of v5e, v5p or v6e, whose clocks are known")
-    print(
-        "--predict compiles as training does, which takes long: A14B about 19 minutes of one processor for each variant",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def _tell(entry: Tried) -> None:

@@ -17,9 +17,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rfl_jax.chips import GIB, Chip
+from rfl_jax.chips import GIB, Chip, chip_of
+from rfl_jax.errors import UserError
 from rfl_jax.models.attention import TILES
 from rfl_jax.models.flash import LANES, Tiles
 from rfl_jax.planning.hlo import Instruction, Program, bytes_of, dimensions, elements, group
@@ -325,6 +326,13 @@ def _moved(instruction: Instruction) -> int:
     if instruction.opcode == "copy-start":
         return bytes_of(instruction.shape, device=True)
     return _given(instruction)  # of what it takes, a slice reads as much
+
+
+def check_predictable(topology: str, devices: Sequence[Any]) -> None:
+    """Raises UserError where nothing can be predicted of the devices of a topology."""
+    chip = chip_of(devices[0])
+    if devices[0].platform != "tpu" or chip is None or chip.clock is None:
+        raise UserError(f"--predict: {topology}: expected a slice of v5e, v5p or v6e, whose clocks are known")
 
 
 def predict(programs: Sequence[Program], links: Links, chip: Chip, kind: str, *, operations: float) -> Prediction:

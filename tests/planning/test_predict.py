@@ -3,13 +3,15 @@
 import itertools
 import math
 
+import jax
 import pytest
 
 from rfl_jax.chips import CHIPS, Chip
+from rfl_jax.errors import UserError
 from rfl_jax.models.attention import TILES
 from rfl_jax.planning.hlo import Program, collectives, group
 from rfl_jax.planning.links import Links
-from rfl_jax.planning.predict import KERNELS, predict
+from rfl_jax.planning.predict import KERNELS, check_predictable, predict
 
 # A cycle a millisecond, a byte of memory or of a link a millisecond: figures below are in milliseconds.
 CHIP = Chip(flops=1e6, memory=1e9, bandwidth=1e3, interconnect=6e3, links=6, ring=4, clock=1e3)
@@ -112,6 +114,11 @@ ENTRY %main (a.1: s32[]) -> f32[8] {{
 """
     found = predict([Program(text)] * 2, Links(grid(2, 2, 1), CHIP), CHIP, "a chip", operations=1e3)
     assert found.phases == {"reward": {"forward": pytest.approx(2 * 8e-3)}}
+
+
+def test_a_time_is_not_predicted_for_devices_of_unknown_clock():
+    with pytest.raises(UserError, match="--predict: local: expected a slice of v5e, v5p or v6e"):
+        check_predictable("local", jax.devices())
 
 
 def attention(name, heads, queries, keys, width=128):
