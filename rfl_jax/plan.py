@@ -6,6 +6,7 @@ topology (`v5p:2x2x1`), or the devices of this machine (`local`). Exit status 0:
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from rfl_jax.chips import GIB, devices_of
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
 from rfl_jax.planning.abstract import make_plan, on_devices
-from rfl_jax.planning.compile import LEAST, Report, compile_plan
+from rfl_jax.planning.compile import LEAST, MORE_MEMORY, Report, compile_plan
 from rfl_jax.planning.predict import KINDS, Prediction, check_predictable
 from rfl_jax.planning.search import PREDICTED, Tried, predicted, walk
 from rfl_jax.terminal import command_line, tell_next
@@ -49,7 +50,7 @@ def show(cfg: Config, report: Report, topology: str) -> None:
         ("topology", f"{topology}, {report.devices} devices"),
         ("mesh, remat", f"{mesh}, {cfg.policy}"),
         ("video", f"{height}x{width}x{frames}, {report.samples} samples an update"),
-        ("fits", "yes" if report.fits else "no"),
+        ("fits", _verdict(report)),
         ("weights", gib(report.weights)),
         ("optimizer", gib(report.optimizer)),
         ("batch", gib(report.batch)),
@@ -69,6 +70,15 @@ def show(cfg: Config, report: Report, topology: str) -> None:
     ]
     for name, value in rows:
         print(f"{name:20s}{value}")
+
+
+def _verdict(report: Report) -> str:
+    if not report.fits:
+        return "no"
+    peak, limit = report.peak or 0, report.limit or math.inf
+    if report.predicted is None and peak * (1 + MORE_MEMORY) > limit:
+        return "narrowly: as training compiles it may need a tenth more, which --predict tells"
+    return "yes"
 
 
 def _predicted_rows(predicted: Prediction | None) -> list[tuple[str, str]]:

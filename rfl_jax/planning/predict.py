@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -124,7 +124,7 @@ class Run:
     """
 
     seconds: float = 0.0
-    parts: Counter[Part] = dataclasses.field(default_factory=Counter)
+    parts: defaultdict[Part, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     hidden: float = 0.0
     host: int = 0
 
@@ -362,7 +362,7 @@ def predict(programs: Sequence[Program], links: Links, chip: Chip, kind: str, *,
         seconds=total.seconds,
         phases=phases,
         kinds={kind: sum((s for part, s in total.parts.items() if part.kind == kind), 0.0) for kind in KINDS},
-        largest=[Share(*part, seconds) for part, seconds in total.parts.most_common(3)],
+        largest=[Share(*part, seconds) for part, seconds in sorted(total.parts.items(), key=lambda p: -p[1])[:3]],
         mfu=operations / chip.flops / total.seconds,
         hidden=total.hidden,
         notes=list(notes),

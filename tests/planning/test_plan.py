@@ -1,5 +1,6 @@
 """A plan is the run it plans: the same arguments, the bytes that a run really takes, and every feature compiled for TPU."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -137,6 +138,10 @@ def test_every_feature_compiles_for_tpu(settings, capsys):
     shown = capsys.readouterr().out
     assert "update, predicted" in shown
     assert "grad_steps, backward" in shown
+    show(planned, dataclasses.replace(report, predicted=None, limit=1.05 * report.peak), "v5p-8")
+    shown = capsys.readouterr().out
+    assert "narrowly" in shown
+    assert "a lower bound; --predict predicts" in shown
 
 
 def test_bad_topologies_are_refused_in_one_line():

@@ -1,10 +1,12 @@
 """The full-size step compiled for real slices: minutes each, run by hand (`pytest -m slow`)."""
 
 import json
+import re
 from importlib.util import find_spec
 
 import pytest
 
+from rfl_jax.planning.search import PREDICTED
 from tests.planning.test_plan import plan
 
 A14B = ["--config=configs/wan2_2_i2v_a14b.py", "--json"]
@@ -33,3 +35,14 @@ def test_a_chip_too_small_is_refused_with_what_was_needed():
     report = json.loads(found.stdout)
     assert not report["fits"]
     assert report["needed"] > report["limit"]
+
+
+def test_a_search_ranks_what_fits_by_predicted_time():
+    found = plan("--config=configs/mini.py", "--config.train_batch_size=2", "--config.per_device_train_batch_size=2",
+                 "--topology=v5e-1", "--search", "--predict", "--json", timeout=6000)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout)
+    told = re.findall(r"^tried (.*): fits, ([\d.]+) s predicted$", found.stderr, re.MULTILINE)
+    assert len(told) == PREDICTED
+    assert report["change"] == min(told, key=lambda line: float(line[1]))[0]
+    assert report["predicted"]["seconds"] == pytest.approx(min(float(seconds) for _, seconds in told), abs=0.01)
