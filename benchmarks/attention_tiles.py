@@ -17,7 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}  # peak FLOP/s over those of the matrix units a cycle
+from rfl_jax.chips import CHIPS
+
+CLOCK_HZ = {"v5e": CHIPS["TPU v5 lite"].clock, "v5p": CHIPS["TPU v5"].clock, "v6e": CHIPS["TPU v6 lite"].clock}
 # A guarded part of so few bundles starts a copy, and is run in every iteration.
 SHORT = 120
 
@@ -63,8 +65,8 @@ def cycles(listing: str, inner: int) -> float:
     return int(exits[-1]) * (body - rare * (1 - 1 / inner))
 
 
-def compile_kernels(topology: str, heads: int, tokens: int, tiles: tuple[int, int, int]) -> None:
-    """Compiles attention of bfloat16 heads 128 wide, forward and backward, for one chip."""
+def compile_kernels(topology: str, heads: int, tokens: int, keys: int, tiles: tuple[int, int, int]) -> None:
+    """Compiles attention of bfloat16 heads 128 wide over `keys` keys, forward and backward, for one chip."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
@@ -77,23 +79,23 @@ def compile_kernels(topology: str, heads: int, tokens: int, tiles: tuple[int, in
         return out, back(g)
 
     device = SingleDeviceSharding(devices_of(topology)[0])
-    head = jax.ShapeDtypeStruct((heads, tokens, 128), jnp.bfloat16, sharding=device)
-    jax.jit(both).lower(head, head, head, head).compile()
+    q, k = (jax.ShapeDtypeStruct((heads, n, 128), jnp.bfloat16, sharding=device) for n in (tokens, keys))
+    jax.jit(both).lower(q, k, k, q).compile()
 
 
-def measure(topology: str, heads: int, tokens: int, tiles: tuple[int, int, int]) -> dict[str, float]:
+def measure(topology: str, heads: int, tokens: int, keys: int, tiles: tuple[int, int, int]) -> dict[str, float]:
     """Cycles of "forward" and "backward". In a process of its own: libtpu reads where to write its schedule once."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.attention_tiles", f"--topology={topology}", f"--heads={heads}"]
-        command += [f"--tokens={tokens}", f"--tiles={'x'.join(map(str, tiles))}", "--compile-only"]
+        command += [f"--tokens={tokens}", f"--keys={keys}", f"--tiles={'x'.join(map(str, tiles))}", "--compile-only"]
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         ended = subprocess.run(command, env=os.environ | {"LIBTPU_INIT_ARGS": flags}, capture_output=True, text=True)
         if ended.returncode:
             raise SystemExit(f"{'x'.join(map(str, tiles))}: {ended.stderr.strip().splitlines()[-1]}")
         found = {}
-        for kind, tile in (("forward", tiles[1]), ("backward", tiles[0])):
+        for kind, length, tile in (("forward", keys, tiles[1]), ("backward", tokens, tiles[0])):
             files = [f for f in Path(folder).glob(f"*flash_{kind}*final_bundles.txt") if "analysis" not in f.name]
-            found[kind] = cycles(files[0].read_text(), -(-tokens // tile))
+            found[kind] = cycles(files[0].read_text(), -(-length // tile))
         return found
 
 
@@ -102,25 +104,26 @@ def main() -> None:
     parser.add_argument("--topology", default="v5p-8", help="a slice of v5e, v5p or v6e")
     parser.add_argument("--heads", type=int, default=10, help="a chip's")
     parser.add_argument("--tokens", type=int, default=18900)
+    parser.add_argument("--keys", type=int, help="as many as tokens, if not given")
     parser.add_argument("--tiles", default="1024x1024x512,1024x1024x1024,512x1024x512,1024x2048x512,512x512x512")
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    candidates = []
+    candidates, keys = [], args.keys or args.tokens
     for text in args.tiles.split(","):
         if not re.fullmatch(r"\d+x\d+x\d+", text) or any(int(size) % 128 for size in text.split("x")):
             parser.error(f"--tiles: {text}: expected QUERIESxKEYSxCHUNK, multiples of 128")
-        queries, keys, chunk = map(int, text.split("x"))
-        candidates.append((queries, keys, chunk))
+        candidates.append(tuple(map(int, text.split("x"))))
     clock = CLOCK_HZ.get(args.topology[:3])
     if clock is None:
         parser.error(f"--topology: {args.topology}: expected a slice of {', '.join(CLOCK_HZ)}")
     if args.compile_only:
-        compile_kernels(args.topology, args.heads, args.tokens, candidates[0])
+        compile_kernels(args.topology, args.heads, args.tokens, keys, candidates[0])
         return
-    print(f"{args.heads} heads of {args.tokens} tokens on one chip of {args.topology}, milliseconds at least")
+    sizes = f"{args.heads} heads of {args.tokens} tokens and {keys} keys"
+    print(f"{sizes} on one chip of {args.topology}, milliseconds at least")
     print(f"{'queries x keys x chunk':24s}{'forward':>10s}{'backward':>10s}")
     for tiles in tqdm(candidates, desc="compiling", disable=None):
-        found = measure(args.topology, args.heads, args.tokens, tiles)
+        found = measure(args.topology, args.heads, args.tokens, keys, tiles)
         times = "".join(f"{found[kind] / clock * 1e3:10.2f}" for kind in ("forward", "backward"))
         tqdm.write(f"{'x'.join(map(str, tiles)):24s}{times}")
 

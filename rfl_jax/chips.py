@@ -24,21 +24,29 @@ class Chip:
         memory: bytes of HBM that a program may use.
         bandwidth: of HBM, bytes/s.
         interconnect: bytes/s to all neighbours together.
+        links: to how many neighbours.
+        ring: an axis of the slice whose length is a multiple of it has its ends joined.
+        clock: cycles/s; None where it is not known.
     """
 
     flops: float
     memory: float
     bandwidth: float
     interconnect: float
+    links: int
+    ring: int
+    clock: float | None
 
 
 # cloud.google.com/tpu/docs: system architecture of v5e, v5p, v6e, TPU7x. Interconnect figures there are bits/s a chip.
-# Memory: what the compiler itself allows a program (its out-of-memory message names it).
+# Memory: what the compiler itself allows a program (its out-of-memory message names it). Rings:
+# jax-ml.github.io/scaling-book/tpus. Clock: peak FLOP/s over those of the matrix units a cycle, as the compiler reckons with
+# them: four of 128x128 on v5e, eight on v5p, four of 256x256 on v6e.
 CHIPS = {
-    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819 * GB, 200 * GB),
-    "TPU v5": Chip(459e12, 95.74 * GIB, 2765 * GB, 600 * GB),
-    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1640 * GB, 448 * GB),
-    "TPU7x": Chip(1153.5e12, 94.75 * GIB, 3690 * GB, 600 * GB),
+    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819 * GB, 200 * GB, 4, 16, 1.5e9),
+    "TPU v5": Chip(459e12, 95.74 * GIB, 2765 * GB, 600 * GB, 6, 4, 1.75e9),
+    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 1640 * GB, 448 * GB, 4, 16, 1.75e9),
+    "TPU7x": Chip(1153.5e12, 94.75 * GIB, 3690 * GB, 600 * GB, 6, 4, None),
 }
 
 # Peak bf16 matrix throughput in FLOP/s by the beginning of a device's kind: what can be planned for, its other names, and

@@ -1,4 +1,4 @@
-"""Will it fit? `python -m rfl_jax.plan --config=FILE --topology=NAME [--json] [--search]`
+"""Will it fit? `python -m rfl_jax.plan --config=FILE --topology=NAME [--json] [--search] [--predict]`
 
 Compiles the step of training for devices that need not be there: a TPU slice by its accelerator type (`v5p-8`) or
 topology (`v5p:2x2x1`), or the devices of this machine (`local`). Exit status 0: it fits; 1: it does not; 2: bad input.
@@ -6,7 +6,9 @@ topology (`v5p:2x2x1`), or the devices of this machine (`local`). Exit status 0:
 
 import dataclasses
 import json
+import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,8 +19,9 @@ from rfl_jax.chips import GIB, devices_of
 from rfl_jax.config import Config
 from rfl_jax.errors import UserError
 from rfl_jax.planning.abstract import make_plan, on_devices
-from rfl_jax.planning.compile import Report, compile_plan
-from rfl_jax.planning.search import Tried, walk
+from rfl_jax.planning.compile import LEAST, MORE_MEMORY, Report, compile_plan
+from rfl_jax.planning.predict import KINDS, Prediction, check_predictable
+from rfl_jax.planning.search import PREDICTED, Tried, predicted, walk
 from rfl_jax.terminal import command_line, tell_next
 
 
@@ -37,16 +40,17 @@ def as_json(cfg: Config, report: Report, topology: str) -> dict[str, Any]:
 def show(cfg: Config, report: Report, topology: str) -> None:
     """The table on the terminal."""
 
-    def gib(value: float | None) -> str:
+    def gib(value: int | float | None) -> str:
         return "-" if value is None else f"{value / GIB:.2f} GiB"
 
     frames, height, width = report.video
+    hint = "" if report.predicted else "; --predict predicts"
     mesh = " x ".join(f"{axis} {n}" for axis, n in dataclasses.asdict(cfg.mesh).items())
     rows = [
         ("topology", f"{topology}, {report.devices} devices"),
         ("mesh, remat", f"{mesh}, {cfg.policy}"),
         ("video", f"{height}x{width}x{frames}, {report.samples} samples an update"),
-        ("fits", "yes" if report.fits else "no"),
+        ("fits", _verdict(report)),
         ("weights", gib(report.weights)),
         ("optimizer", gib(report.optimizer)),
         ("batch", gib(report.batch)),
@@ -59,12 +63,40 @@ def show(cfg: Config, report: Report, topology: str) -> None:
             (kind, f"{traffic.count:,} times, {traffic.bytes / GIB:.2f} GiB a device")
             for kind, traffic in report.traffic.items()
         ),
-        ("update, at best", "-" if report.step_time_s is None else f"{report.step_time_s:.1f} s"),
+        ("update, at best", "-" if report.step_time_s is None else f"{report.step_time_s:.1f} s, a lower bound{hint}"),
+        *_predicted_rows(report.predicted),
         ("compiled in", f"{report.compile_s:.0f} s"),
         *(("large buffer", buffer) for buffer in report.largest),
     ]
     for name, value in rows:
         print(f"{name:20s}{value}")
+
+
+def _verdict(report: Report) -> str:
+    if not report.fits:
+        return "no"
+    peak, limit = report.peak or 0, report.limit or math.inf
+    if report.predicted is None and peak * (1 + MORE_MEMORY) > limit:
+        return "narrowly: as training compiles it may need a tenth more, which --predict tells"
+    return "yes"
+
+
+def _predicted_rows(predicted: Prediction | None) -> list[tuple[str, str]]:
+    if predicted is None:
+        return []
+
+    def told(seconds: float) -> str:
+        return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+    rows = [("update, predicted", f"{told(predicted.seconds)}, {predicted.mfu:.1%} MFU")]
+    for phase, passes in predicted.phases.items():
+        by_pass = ", ".join(f"{passed} {told(seconds)}" for passed, seconds in passes.items())
+        rows.append((f"  {phase}", told(sum(passes.values())) + (f": {by_pass}" if len(passes) > 1 else "")))
+    for part in predicted.largest:
+        share = part.seconds / predicted.seconds
+        rows.append(("takes most", f"{share:.0%}: {part.phase}, {part.passed}, {KINDS[part.kind]}"))
+    rows.append(("beside other work", f"{told(predicted.hidden)} of collectives and copies"))
+    return rows + [("not in it", note) for note in predicted.notes]
 
 
 def main() -> None:
@@ -73,14 +105,11 @@ def main() -> None:
     if not topology:
         raise UserError("--topology: expected local, an accelerator type such as v5p-8, or a topology")
     devices = devices_of(topology)
-    tried: list[Tried] = []
-    if not _SEARCH.value:
-        planned, mesh = on_devices(cfg, devices)
-        tried.append(Tried({}, planned, compile_plan(planned, make_plan(planned, mesh))))
-    if _SEARCH.value or not tried[0].report.fits:
-        for entry in walk(cfg, devices, fastest=_SEARCH.value):
-            print(f"tried {_flags(entry.changes)}: {_outcome(entry.report)}", file=sys.stderr, flush=True)
-            tried.append(entry)
+    if _PREDICT.value:
+        check_predictable(topology, devices)
+        notice = "--predict compiles as training does: A14B takes 10 to 20 minutes of one processor for each variant"
+        print(notice, file=sys.stderr, flush=True)
+    tried = _try(cfg, devices)
     if not tried:
         raise UserError(
             f"config.train_batch_size: {cfg.train_batch_size} fills no mesh of the {len(devices)} devices of {topology}"
@@ -101,13 +130,40 @@ def main() -> None:
             print(f"{'fits with':20s}none of {len(tried)} variants")
         else:
             # What fits comes last, and so counts.
-            others = ("--topology", "-topology", "--search", "-search")
+            others = [dash + name for dash in ("-", "--") for name in ("topology", "search", "predict")]
             kept = [word for word in sys.argv[1:] if word.partition("=")[0] not in others and word != topology]
             tell_next(command_line("rfl_jax.train", [*kept, *_changes(best.changes), "--workdir=DIR"]))
     sys.exit(0 if shown.report.fits else 1)
 
 
+def _try(cfg: Config, devices: Sequence[Any]) -> list[Tried]:
+    """The configuration, and variants where it does not fit or a search is wanted."""
+    search, predicting = _SEARCH.value, _PREDICT.value
+    tried: list[Tried] = []
+    if not search:
+        planned, mesh = on_devices(cfg, devices)
+        effort = None if predicting else LEAST
+        report = compile_plan(planned, make_plan(planned, mesh), effort=effort, predicting=predicting)
+        tried.append(Tried({}, planned, report))
+    if search or not tried[0].report.fits:
+        for entry in walk(cfg, devices, fastest=search, wanted=PREDICTED if predicting else 1):
+            _tell(entry)
+            tried.append(entry)
+    if search and predicting and any(entry.report.fits for entry in tried):
+        fitting, tried = tried, []
+        for entry in predicted(fitting, devices):
+            _tell(entry)
+            tried.append(entry)
+    return tried
+
+
+def _tell(entry: Tried) -> None:
+    print(f"tried {_flags(entry.changes)}: {_outcome(entry.report)}", file=sys.stderr, flush=True)
+
+
 def _outcome(report: Report) -> str:
+    if report.predicted:
+        return f"fits, {report.predicted.seconds:.2f} s predicted" if report.fits else "does not fit"
     if report.fits:
         return "fits"
     return "does not fit" if report.compile_s else f"does not fit, needs {(report.needed or 0) / GIB:.1f} GiB at least"
@@ -126,4 +182,7 @@ if __name__ == "__main__":
     _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU accelerator type or topology, or local.")
     _JSON = flags.DEFINE_boolean("json", False, "Print one JSON object.")
     _SEARCH = flags.DEFINE_boolean("search", False, "Try meshes and policies, and print the fastest that fits.")
+    _PREDICT = flags.DEFINE_boolean(
+        "predict", False, "Compile as training does, for long, and predict an update's time."
+    )
     cli.run(main, "plan")

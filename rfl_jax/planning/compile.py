@@ -15,14 +15,19 @@ from rfl_jax.chips import GIB, Chip, chip_of
 from rfl_jax.config import Config
 from rfl_jax.models.wan.vae import VAE
 from rfl_jax.planning.abstract import Plan, bytes_per_device
-from rfl_jax.planning.hlo import Traffic, collectives
+from rfl_jax.planning.hlo import Program, Traffic, collectives
+from rfl_jax.planning.links import Links
+from rfl_jax.planning.predict import Prediction, predict
 from rfl_jax.rewards.arcface import CROP, IResNet
 from rfl_jax.rewards.scrfd import SCRFD
 from rfl_jax.terminal import waiting
 from rfl_jax.training.flops import dit_flops, forward_passes, int8_flops
 
-# Least effort of the scheduler: a third of the time and memory to compile, and the same memory figures.
-EFFORT = {"exec_time_optimization_effort": -1.0}
+# Least effort of the scheduler, which tells soon whether a program fits. A14B for v5p-8 took 100 s of a processor for 39.1 GiB
+# and 68 s an update by the compiler's cycles, as training compiles it 530 s for 43.4 GiB and 17 s: from what is scheduled so no
+# time is read, and a tenth more memory may be needed.
+LEAST = -1.0
+MORE_MEMORY = 0.1
 
 
 @dataclasses.dataclass
@@ -46,6 +51,7 @@ class Report:
         step_time_s: the longest of arithmetic at peak, of reading weights, and of collectives, both at full bandwidth: no
             update is faster.
         compile_s: seconds the compilation took; 0: nothing was compiled.
+        predicted: the time that an update will take; None where that was not asked for.
     """
 
     fits: bool
@@ -66,20 +72,27 @@ class Report:
     traffic: dict[str, Traffic]
     step_time_s: float | None
     compile_s: float
+    predicted: Prediction | None
 
     @property
     def seconds_a_sample(self) -> float:
-        """What variants are compared by; operations where the chip is not known."""
+        """What variants are compared by: predicted if all are, else the bound; operations where the chip is not known."""
+        if self.predicted:
+            return self.predicted.seconds / self.samples
         return (self.executed_flops if self.step_time_s is None else self.step_time_s) / self.samples
 
 
-def compile_plan(cfg: Config, plan: Plan, *, least: int = 0) -> Report:
+def compile_plan(
+    cfg: Config, plan: Plan, *, least: int = 0, effort: float | None = LEAST, predicting: bool = False
+) -> Report:
     """Compiles the step of training, and the program before it where there is one.
 
     Args:
         cfg: of the plan.
         plan: what is compiled.
         least: bytes a device is known to need; nothing is compiled where it has less.
+        effort: of the compiler for TPUs, -1 to 1; None: as training compiles.
+        predicting: tell the time of an update, compiled with this effort. For TPUs whose clock is known.
     """
     mesh = plan.mesh
     state, frozen, batch, _ = plan.args
@@ -92,20 +105,21 @@ def compile_plan(cfg: Config, plan: Plan, *, least: int = 0) -> Report:
     begin = time.perf_counter()
     peak: int | None = resident
     needed, largest = None, []
-    host, traffic = 0, {}
+    host, traffic, texts = 0, {}, []
     programs = list(filter(None, ((plan.step, plan.args), plan.prefix)))
     if chip is not None and least > chip.memory:
         programs, peak, needed = [], None, float(least)
     try:
         for program, args in programs:
             with waiting(f"compile for {plan.samples} samples and the policy {cfg.policy}"), jax.set_mesh(mesh):
-                options: Any = EFFORT if tpu else None
+                options: Any = {"exec_time_optimization_effort": effort} if tpu and effort is not None else None
                 compiled = program.lower(*args).compile(compiler_options=options)
             memory = compiled.memory_analysis()
             # A program is not handed what it does not use, which is there nevertheless.
             peak = max(peak or 0, program_peak(memory, tpu=tpu) + resident - memory.argument_size_in_bytes)
             host = max(host, memory.host_temp_size_in_bytes)
-            for kind, sent in collectives(compiled.as_text()).items():
+            texts.append(Program(compiled.as_text()))
+            for kind, sent in collectives(texts[-1]).items():
                 total = traffic.setdefault(kind, Traffic())
                 total.count, total.bytes = total.count + sent.count, total.bytes + sent.bytes
     except jax.errors.JaxRuntimeError as error:
@@ -120,6 +134,10 @@ def compile_plan(cfg: Config, plan: Plan, *, least: int = 0) -> Report:
     if chip and peak is not None:
         sent = sum(t.bytes for t in traffic.values())
         step_time = max(least_seconds(cfg, plan, chip), sent / chip.interconnect)
+    predicted = None
+    if predicting and chip and peak is not None:
+        links, kind = Links.of(list(mesh.devices.flat), chip), device.device_kind
+        predicted = predict(texts, links, chip, kind, operations=model / mesh.size)
     return Report(
         fits=peak is not None and (chip is None or peak <= chip.memory),
         devices=mesh.size,
@@ -139,6 +157,7 @@ def compile_plan(cfg: Config, plan: Plan, *, least: int = 0) -> Report:
         traffic=traffic,
         step_time_s=step_time,
         compile_s=seconds,
+        predicted=predicted,
     )
 
 

@@ -15,14 +15,12 @@ from rfl_jax.config import Config
 from rfl_jax.files import is_remote, write_whole
 from rfl_jax.hosts import Compiled, is_writer
 from rfl_jax.runs import RunFolder
-from rfl_jax.sampling.phases import PHASES
+from rfl_jax.sampling.phases import OTHER, PHASES, phase_of
 from rfl_jax.training.progress import Progress
 from rfl_jax.training.update import Update
 
-OTHER = "other"
 # Operators whose time is that of the operators they hold.
 _CONTROL = ("while", "conditional", "call", "async")
-_PHASE = re.compile(r"rfl\.(" + "|".join(PHASES) + r")\b")
 _OPERATOR = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', re.MULTILINE)
 
 
@@ -32,8 +30,7 @@ def phases_of(texts: Iterable[str]) -> dict[tuple[str, str], str]:
     for text in texts:
         module = re.search(r"HloModule ([\w.\-]+)", text)
         for operator, name in _OPERATOR.findall(text):
-            phase = _PHASE.search(name)
-            found[module[1] if module else "", operator] = phase[1] if phase else OTHER
+            found[module[1] if module else "", operator] = phase_of(name) or OTHER
     return found
 
 

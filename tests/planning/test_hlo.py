@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rfl_jax.planning.compile import read_refusal
-from rfl_jax.planning.hlo import collectives
+from rfl_jax.planning.hlo import Program, collectives
 from tests.devices import make_mesh
 
 REFUSAL = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 131.77G of \
@@ -43,7 +43,7 @@ def test_a_loop_counts_its_rounds():
         return jax.lax.scan(body, x, length=5)[0]
 
     x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=split)
-    found = collectives(jax.jit(f, out_shardings=split).lower(x).compile().as_text())
+    found = collectives(Program(jax.jit(f, out_shardings=split).lower(x).compile().as_text()))
     assert set(found) == {"all-gather"}
     assert found["all-gather"].count == 5
     assert found["all-gather"].bytes == 5 * 64 * 64 * 4
@@ -52,7 +52,7 @@ def test_a_loop_counts_its_rounds():
 def test_a_sum_over_devices_is_one_reduction():
     mesh = make_mesh(1, 1, 8)
     x = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("context")))
-    found = collectives(jax.jit(jnp.sum).lower(x).compile().as_text())
+    found = collectives(Program(jax.jit(jnp.sum).lower(x).compile().as_text()))
     assert set(found) == {"all-reduce"}
     assert (found["all-reduce"].count, found["all-reduce"].bytes) == (1, 4)
 

@@ -1,5 +1,6 @@
 """A plan is the run it plans: the same arguments, the bytes that a run really takes, and every feature compiled for TPU."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,8 +10,10 @@ from importlib.util import find_spec
 import jax
 import pytest
 
-from rfl_jax.chips import ACCELERATOR_TYPES, CHIPS, Chip
+from rfl_jax.chips import ACCELERATOR_TYPES, CHIPS, Chip, devices_of
 from rfl_jax.config import Config, NoiseSection
+from rfl_jax.miniature.world import SIZE
+from rfl_jax.plan import show
 from rfl_jax.planning.abstract import make_plan, on_devices
 from rfl_jax.planning.compile import compile_plan, largest_arguments
 from rfl_jax.planning.search import changed, least_bytes, variants, walk
@@ -101,27 +104,44 @@ def test_bytes_are_those_of_a_real_run(tmp_path, clip_folder):
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (pip install libtpu)")
-def test_every_feature_compiles_for_tpu():
-    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.context=4"]
-    found = plan(
-        *MINI, *mesh, "--config.per_device_train_batch_size=4", "--config.dtype=bfloat16", "--config.attention=flash",
-        "--config.remat_policy=offload", "--config.frozen_memory=pinned_host", "--config.optimizer_memory=pinned_host",
-        "--topology=v5p-8", "--json",
+def test_every_feature_compiles_for_tpu(settings, capsys):
+    cfg = settings(
+        **{"mesh.data": 1, "mesh.fsdp": 1, "mesh.context": 4, "data.max_pixels": SIZE * SIZE}, train_batch_size=4, per_device_train_batch_size=4,
+        dtype="bfloat16", attention="flash", lora_rank=8, remat_policy="offload", frozen_memory="pinned_host",
+        optimizer_memory="pinned_host",
     )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    report = json.loads(found.stdout)
-    assert report["fits"]
-    assert report["devices"] == 4
+    planned, mesh = on_devices(cfg, devices_of("v5p-8"))
+    report = compile_plan(planned, make_plan(planned, mesh), predicting=True)
+    assert report.fits
+    assert report.devices == 4
     # In host memory wait the block inputs of 4 steps, 6 layers, 4 samples, 8 of 32 tokens, 128 channels, 2 bytes, and the kernels of
     # the expert's 6 layers, 128 wide, in 2 bytes a weight, over 4 devices; with them the adapters' moments.
     kernels = 6 * (8 * 128 * 128 + 2 * 128 * 384) * 2 / 4
-    assert report["host"] >= 4 * 6 * 4 * 8 * 128 * 2 + kernels
-    assert report["optimizer"] < 100
-    assert {"all-to-all", "collective-permute", "all-gather"} <= set(report["traffic"])
+    assert report.host >= 4 * 6 * 4 * 8 * 128 * 2 + kernels
+    assert report.optimizer < 100
+    assert {"all-to-all", "collective-permute", "all-gather"} <= set(report.traffic)
     # Four tensors a layer are exchanged, in 6 layers of 4 steps, for the velocity, its reference and its gradient.
-    assert report["traffic"]["all-to-all"]["count"] >= 3 * 4 * 6 * 4
-    assert report["step_time_s"] > 0
-    assert report["executed_flops"] > report["model_flops"] > 0
+    assert report.traffic["all-to-all"].count >= 3 * 4 * 6 * 4
+    assert report.executed_flops > report.model_flops > 0
+
+    predicted = report.predicted
+    assert predicted.seconds > report.step_time_s > 0
+    assert set(predicted.phases) == {"no_grad_steps", "grad_steps", "vae", "reward", "optimizer", "other"}
+    assert list(predicted.phases["grad_steps"]) == ["forward", "recomputed", "backward"]
+    passes = [seconds for phase in predicted.phases.values() for seconds in phase.values()]
+    assert sum(passes) == pytest.approx(sum(predicted.kinds.values())) == pytest.approx(predicted.seconds)
+    assert all(predicted.kinds.values())
+    assert predicted.largest[0].seconds == max(part.seconds for part in predicted.largest)
+    assert 0 < predicted.mfu < report.step_time_s / predicted.seconds
+    assert any("host memory" in note for note in predicted.notes)
+    show(planned, report, "v5p-8")
+    shown = capsys.readouterr().out
+    assert "update, predicted" in shown
+    assert "grad_steps, backward" in shown
+    show(planned, dataclasses.replace(report, predicted=None, limit=1.05 * report.peak), "v5p-8")
+    shown = capsys.readouterr().out
+    assert "narrowly" in shown
+    assert "a lower bound; --predict predicts" in shown
 
 
 def test_bad_topologies_are_refused_in_one_line():
@@ -166,7 +186,7 @@ def test_the_walk_ends_with_the_fastest_that_fits(monkeypatch, settings):
     assert peaks["full"] < peaks["none"]
     # A device on which not everything can be kept, but what "full" keeps.
     memory = (peaks["none"] + peaks["full"]) / 2
-    monkeypatch.setitem(CHIPS, devices[0].device_kind, Chip(1e12, memory, 1e12, 1e12))
+    monkeypatch.setitem(CHIPS, devices[0].device_kind, Chip(1e12, memory, 1e12, 1e12, 4, 16, None))
     tried = list(walk(cfg, devices, fastest=True))
     assert tried[0].cfg.policy == "none"
     assert not tried[0].report.fits
@@ -176,7 +196,7 @@ def test_the_walk_ends_with_the_fastest_that_fits(monkeypatch, settings):
     assert best.report.peak <= memory
     # Nothing that could not have been faster was compiled after it.
     assert all(entry.report.seconds_a_sample <= best.report.seconds_a_sample for entry in tried)
-    monkeypatch.setitem(CHIPS, devices[0].device_kind, Chip(1e12, 1.0, 1e12, 1e12))
+    monkeypatch.setitem(CHIPS, devices[0].device_kind, Chip(1e12, 1.0, 1e12, 1e12, 4, 16, None))
     refused = list(walk(cfg, devices, fastest=False))
     assert not any(entry.report.fits or entry.report.compile_s for entry in refused)
     names = largest_arguments(made.args)

@@ -9,6 +9,7 @@ import pytest
 
 from rfl_jax.chips import devices_of
 from rfl_jax.planning.abstract import make_plan, on_devices
+from rfl_jax.planning.search import PREDICTED
 from tests.planning.test_plan import plan
 
 A14B = ["--config=configs/wan2_2_i2v_a14b.py", "--json"]
@@ -48,3 +49,14 @@ def test_forward_passes_without_gradient_multiply_integers(settings):
         text = made.step.lower(*made.args).compile(compiler_options={"exec_time_optimization_effort": -1.0}).as_text()
     # Ten linear layers in the loop over the layers of the step before the gradient, and in that of the reference.
     assert len(re.findall(r"= s32\[[\d,]*\]\S* convolution\(", text)) == 2 * 10
+
+
+def test_a_search_ranks_what_fits_by_predicted_time():
+    found = plan("--config=configs/mini.py", "--config.train_batch_size=4", "--config.per_device_train_batch_size=4",
+                 "--topology=v5e-4", "--search", "--predict", "--json", timeout=6000)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout)
+    told = re.findall(r"^tried (.*): fits, ([\d.]+) s predicted$", found.stderr, re.MULTILINE)
+    assert len(told) == PREDICTED
+    assert report["change"] == min(told, key=lambda line: float(line[1]))[0]
+    assert report["predicted"]["seconds"] == pytest.approx(min(float(seconds) for _, seconds in told), abs=0.01)
