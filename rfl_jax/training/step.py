@@ -19,7 +19,7 @@ from rfl_jax.sampling.phases import phase_scope
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
 from rfl_jax.training.finite import finite_gradients, finite_weights
-from rfl_jax.training.state import TrainState
+from rfl_jax.training.state import TrainState, follow
 
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, Frozen, Batch, Array], tuple[TrainState, Metrics]]
@@ -30,7 +30,8 @@ def make_loss(
 ) -> Callable[[States, Frozen, Batch, Array], tuple[Array, Metrics]]:
     """`(params, frozen, batch, key) -> (loss, metrics)` of one micro-batch.
 
-    A batch may bring the latents it starts from: "prefix", after steps that are not the sampler's, or "noise".
+    A batch may bring the latents it starts from: "prefix", after steps that are not the sampler's, or "noise"; and a
+    "kl_factor" of the KL's weight.
     """
 
     def loss(params: States, frozen: Frozen, batch: Batch, key: Array) -> tuple[Array, Metrics]:
@@ -47,7 +48,7 @@ def make_loss(
         # Samples without a face say nothing: no reward and no gradient of it.
         rewarded = jnp.where(score.valid, reward_loss(score.score), 0.0)
         kl = jnp.mean(out.kl)
-        value = cfg.reward.weight * jnp.mean(rewarded) + cfg.reward.kl_weight * kl
+        value = cfg.reward.weight * jnp.mean(rewarded) + cfg.reward.kl_weight * batch.get("kl_factor", 1.0) * kl
         count = jnp.sum(score.valid)
         metrics = {
             "loss": value,
@@ -95,6 +96,8 @@ def make_step(
     grad = jax.value_and_grad(make_loss(cfg, networks, sampler), has_aux=True)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+        micros = jax.tree.leaves(batch)[0].shape[0]
+        batch = {**batch, "kl_factor": jnp.broadcast_to(state.factors["kl"], micros)}
         grads, metrics = accumulate(partial(grad, state.params, frozen, key=key), batch, state.params)
         before = state
         if cfg.optimizer_memory != "device":
@@ -102,11 +105,14 @@ def make_step(
             before = dataclasses.replace(state, opt_state=opt_state)
         with phase_scope("optimizer"):
             updates, opt_state = tx.update(grads, before.opt_state, state.params)
+            # An update is a multiple of the rate: weight decay is too.
+            updates = jax.tree.map(lambda u: state.factors["learning_rate"] * u, updates)
             params = cast(States, optax.apply_updates(state.params, updates))
+            average = follow(state.average, params, cfg.ema.decay, state.step) if cfg.ema.decay else state.average
             # An update that is not finite leaves no trace, not in the moments nor in the schedule either. Its new values
             # have no say in that: all of them would have to be there before the first could take the old one's place.
             finite = finite_gradients(grads, jnp.mean(metrics["loss"]))
-            kept = TrainState(state.step + 1, params, opt_state)
+            kept = TrainState(state.step + 1, params, opt_state, average, state.factors)
             kept = jax.tree.map(partial(jnp.where, jnp.all(finite)), kept, before)
         means = {
             "loss": jnp.mean(metrics["loss"]),
@@ -114,7 +120,7 @@ def make_step(
             "kl_loss": jnp.mean(metrics["kl_loss"]),
             "grad_norm": optax.tree.norm(grads),
             "no_face_fraction": jnp.mean(metrics["no_face_fraction"]),
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(state.step) * state.factors["learning_rate"],
             "finite": finite & finite_weights(kept.params),
             "video": metrics["video"][0],
         }
