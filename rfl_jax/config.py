@@ -150,8 +150,7 @@ class EmaSection:
     decay: Annotated[
         float,
         Below(0, 1),
-        "Share of the average that an update keeps, min(decay, (1 + n) / (10 + n)) after n updates; validation, evaluation, "
-        "sample and export take the average; 0: none.",
+        "Share of itself that an update leaves it, less in the first ones; validation and exports take the average; 0: none.",
     ] = 0.0
 
 
@@ -161,8 +160,7 @@ class GuardSection:
 
     on_alarm: Annotated[
         Literal["warn", "lower", "stop"],
-        "warn: an alarm is told; lower: the run goes back to its best checkpoint and on with half the learning rate; stop: "
-        "it goes back to that and ends.",
+        "warn: tell an alarm; lower: back to the best checkpoint, on with half the learning rate; stop: back to it, and end.",
     ] = "warn"
     raise_kl: Annotated[
         float,
