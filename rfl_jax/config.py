@@ -21,6 +21,7 @@ from rfl_jax.rewards.face import RewardConfig
 from rfl_jax.settings import (
     Above,
     AtLeast,
+    Below,
     Listed,
     MultipleOf,
     Names,
@@ -151,6 +152,33 @@ class EvalSection:
     max_copying_rise: Annotated[
         float, Above(0, 1), "When copying of the first frame (0..1) rose by more while the reward rose, likewise."
     ] = 0.08
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaSection:
+    """An exponential moving average of the weights that train."""
+
+    decay: Annotated[
+        float,
+        Below(0, 1),
+        "Share of itself that an update leaves it, less in the first ones; validation and exports take the average; 0: none.",
+    ] = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardSection:
+    """What is done against a reward that is hacked."""
+
+    on_alarm: Annotated[
+        Literal["warn", "lower", "stop"],
+        "warn: tell an alarm; lower: back to the best checkpoint, on with half the learning rate; stop: back to it, and end.",
+    ] = "warn"
+    raise_kl: Annotated[
+        float,
+        AtLeast(1),
+        "Where an alarm lowers the learning rate, factor of the KL's weight from then on; 1: it stays.",
+    ] = 2.0
+    max_falls: Annotated[int, AtLeast(1), "Alarms that lower the learning rate; the next one ends the run."] = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +320,8 @@ class Config(Original):
     sampling: SamplingSection = SamplingSection()
     data: DataSection = DataSection()
     eval: EvalSection = EvalSection()
+    ema: EmaSection = EmaSection()
+    guard: GuardSection = GuardSection()
     profile: ProfileSection = ProfileSection()
 
     @property
@@ -410,6 +440,11 @@ RULES = (
         ("mesh.data", "mesh.fsdp", "mesh.context"),
         lambda cfg: dataclasses.astuple(cfg.mesh).count(-1) <= 1,
         "at most one axis of -1",
+    ),
+    Rule(
+        ("guard.on_alarm", "eval_every", "eval.file_name"),
+        lambda cfg: cfg.guard.on_alarm == "warn" or cfg.validates,
+        "warn, as no held-out clips are judged (eval_every, eval.file_name)",
     ),
     Rule(("early_stop", "eval_every"), lambda cfg: not cfg.early_stop or cfg.eval_every > 0, "0, as eval_every is"),
     Rule(

@@ -33,7 +33,7 @@ def main() -> None:
     with Checkpoints(checkpoint.parent) as checkpoints:
         state, _, _ = checkpoints.restore(int(checkpoint.name), run.state)
     held_out = run.open_held_out()
-    params = {"base": held_out.untrained(state.params), "tuned": state.params}
+    params = {"base": held_out.untrained(state.tuned), "tuned": state.tuned}
     result = evaluate(held_out, params, folder, int(checkpoint.name))
     if is_writer():
         show(result)

@@ -1,7 +1,7 @@
 """What a run trained, for other tools: `python -m rfl_jax.export --workdir RUN --dst FILE.safetensors`.
 
-Adapters in the naming of `--format`, or with `--merged` the whole network with the adapters merged into it. RUN is a
-folder or gs://.
+Adapters in the naming of `--format`, or with `--merged` the whole network with the adapters merged into it: of a run with
+`ema.decay` their average, or with `--raw` the weights themselves. RUN is a folder or gs://.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rfl_jax.config import parse
 from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.files import write_whole
 from rfl_jax.models.lora import is_adapters
-from rfl_jax.runs import RunFolder, find_checkpoint, read_network, trained_networks
+from rfl_jax.runs import RunFolder, find_checkpoint, read_network, takes_average, trained_networks
 from rfl_jax.sources import experts_of, find_sources
 from rfl_jax.terminal import command_line, tell_next
 
@@ -37,7 +37,8 @@ class Trained:
     Attributes:
         network: "dit" or "dit2".
         arrays: adapters, or all weights, by dotted path.
-        metadata: base model, network, step, hash of the configuration; rank and alpha of adapters; the step's score.
+        metadata: base model, network, step, "average" or "raw" weights, hash of the configuration; rank and alpha of
+            adapters; the step's score.
         config: the run's configuration, to be parsed.
     """
 
@@ -52,13 +53,14 @@ class Trained:
         return is_adapters(self.arrays)
 
 
-def read_run(folder: RunFolder, step: str = "", network: str = "") -> Trained:
+def read_run(folder: RunFolder, step: str = "", network: str = "", *, raw: bool = False) -> Trained:
     """The trained weights of a run's checkpoint.
 
     Args:
         folder: of the run.
         step: of the checkpoint, as in `find_checkpoint`.
         network: "dit" or "dit2"; needed where both train.
+        raw: the weights themselves, where the checkpoint has their average.
 
     Raises:
         UserError: no such run, checkpoint or network.
@@ -75,11 +77,13 @@ def read_run(folder: RunFolder, step: str = "", network: str = "") -> Trained:
     if not network and len(networks) > 1:
         raise UserError(f"--network: the run trained {' and '.join(networks)}, expected one of them")
     network = network or networks[0]
-    arrays = read_network(checkpoint, network)
+    average = takes_average(checkpoint, raw=raw)
+    arrays = read_network(checkpoint, network, average=average)
     metadata = {
         "base_model": preset,
         "network": network,
         "step": checkpoint.name,
+        "weights": "average" if average else "raw",
         "config_sha256": hashlib.sha256(folder.config.read_bytes()).hexdigest(),
     }
     if is_adapters(arrays):
@@ -91,8 +95,10 @@ def read_run(folder: RunFolder, step: str = "", network: str = "") -> Trained:
 
 
 def _score(folder: RunFolder, step: int) -> float | None:
-    """The reward of a step."""
-    score = next((line.get("face_score") for _, line in folder.read_lines() if line["step"] == step), None)
+    """The reward of the step that the weights of a step are of: an alarm may have put back earlier ones."""
+    lines = {line["step"]: line for _, line in folder.read_lines()}
+    step = lines.get(step, {}).get("back_to", step)
+    score = lines.get(step, {}).get("face_score")
     if not isinstance(score, float | None):
         raise UserError(f"{folder.metrics}: face_score of step {step}: {score!r}, expected a number")
     return score
@@ -104,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--step", default="", help="of the checkpoint, or best; default: the last")
+    parser.add_argument("--raw", action="store_true", help="the weights themselves, where the run keeps their average")
     parser.add_argument("--network", default="", choices=("", *NETWORKS), help="needed where both train")
     parser.add_argument(
         "--format", default="diffusers", choices=tuple(export.LORA_FORMATS), help="naming of the layers"
@@ -125,7 +132,7 @@ def main() -> None:
         raise UserError(f"--format: {args.format}: whole weights have the naming {' or '.join(dit.NAMINGS)}")
     if args.dtype and not args.merged:
         raise UserError("--dtype: of merged weights only; adapters are float32")
-    trained = read_run(RunFolder(epath.Path(args.workdir)), args.step, args.network)
+    trained = read_run(RunFolder(epath.Path(args.workdir)), args.step, args.network, raw=args.raw)
     if not args.merged and not trained.adapted:
         raise UserError(f"--merged: expected, as the run trained {trained.network} in full")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -181,11 +181,33 @@ def trained_networks(checkpoint: epath.Path) -> list[str]:
         return sorted(checkpointer.metadata(checkpoint / "state").item_metadata.tree["params"])
 
 
-def read_network(checkpoint: epath.Path, network: str) -> dict[str, np.ndarray]:
-    """The trained arrays of one network by dotted path; those of other networks are not read."""
+def holds_average(checkpoint: epath.Path) -> bool:
+    """Whether a checkpoint holds an average of its weights beside them, as runs with `ema.decay` keep it."""
+    with refuse_damage(f"{checkpoint}: {UNREADABLE}"), ocp.Checkpointer(array_handler()) as checkpointer:
+        return "average" in checkpointer.metadata(checkpoint / "state").item_metadata.tree
+
+
+def takes_average(checkpoint: epath.Path, *, raw: bool) -> bool:
+    """Whether what a checkpoint hands on is the average of its weights: where there is one, and not the `raw` weights are
+    asked for.
+
+    Raises:
+        UserError: raw weights are asked for where there are no others.
+    """
+    averaged = holds_average(checkpoint)
+    if raw and not averaged:
+        raise UserError(
+            f"--raw: {checkpoint} holds no average (config.ema.decay), expected none, as its weights are raw"
+        )
+    return averaged and not raw
+
+
+def read_network(checkpoint: epath.Path, network: str, *, average: bool = False) -> dict[str, np.ndarray]:
+    """The trained arrays of one network by dotted path, or their average; those of other networks are not read."""
+    part = "average" if average else "params"
     with refuse_damage(f"{checkpoint}: {UNREADABLE}"), ocp.Checkpointer(array_handler()) as checkpointer:
         tree = checkpointer.metadata(checkpoint / "state").item_metadata.tree
-        wanted = {"params": {network: tree["params"][network]}}
+        wanted = {part: {network: tree[part][network]}}
         restored = checkpointer.restore(
             checkpoint / "state",
             ocp.args.PyTreeRestore(
@@ -194,6 +216,6 @@ def read_network(checkpoint: epath.Path, network: str) -> dict[str, np.ndarray]:
                 partial_restore=True,
             ),
         )
-    found, _ = jax.tree_util.tree_flatten_with_path(restored["params"][network])
+    found, _ = jax.tree_util.tree_flatten_with_path(restored[part][network])
     names = (jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in found)
     return dict(zip(names, (array for _, array in found), strict=True))

@@ -100,15 +100,15 @@ def main() -> None:
         requests = [(out.name, Request(str(_PROMPT.value), image, end, _SEED.value))]
         out = out.parent
     options = _options(cfg)
-    pipeline = open_pipeline(cfg, lora=_LORA.value or "", step=_STEP.value)
+    pipeline = open_pipeline(cfg, lora=_LORA.value or "", step=_STEP.value, raw=_RAW.value)
     for number, video in pipeline.sample([request for _, request in requests], options):
         file = out / requests[number][0]
         if is_writer():
             write_video(file, video, fps=_FPS.value)
             print(f"{file}: {video.shape[0]} frames of {video.shape[2]}x{video.shape[1]}")
     if is_writer() and _LORA.value and RunFolder(epath.Path(_LORA.value)).exists():
-        step = ["--step", _STEP.value] if _STEP.value else []
-        tell_next(command_line("rfl_jax.export", ["--workdir", _LORA.value, *step, "--dst", "lora.safetensors"]))
+        chosen = [*(["--step", _STEP.value] if _STEP.value else []), *(["--raw"] if _RAW.value else [])]
+        tell_next(command_line("rfl_jax.export", ["--workdir", _LORA.value, *chosen, "--dst", "lora.safetensors"]))
 
 
 def _options(cfg: Config) -> Options:
@@ -133,6 +133,7 @@ if __name__ == "__main__":
     cli.define_distributed()
     _LORA = flags.DEFINE_string("lora", None, "Folder of a run, or file of adapters; [NETWORK=]FILE, comma-separated.")
     _STEP = flags.DEFINE_string("step", "", "Checkpoint of the run: a number, or best; default: the last.")
+    _RAW = flags.DEFINE_boolean("raw", False, "The weights themselves, where the run keeps their average (ema.decay).")
     _IMAGE = flags.DEFINE_string("image", None, "First frame; none makes a video of text alone.")
     _END_IMAGE = flags.DEFINE_string("end_image", None, "Last frame.")
     _PROMPT = flags.DEFINE_string("prompt", None, "Caption.")

@@ -87,6 +87,20 @@ class Within:
 
 
 @dataclasses.dataclass(frozen=True)
+class Below:
+    """Numbers from `least` on, below `bound`."""
+
+    least: Number
+    bound: Number
+
+    def check(self, value: Number) -> bool:
+        return self.least <= value < self.bound
+
+    def expected(self, noun: str) -> str:
+        return f"{noun} of at least {self.least} and below {self.bound}"
+
+
+@dataclasses.dataclass(frozen=True)
 class MultipleOf:
     """Positive multiples of `step`, plus `rest`."""
 

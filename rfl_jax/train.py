@@ -10,6 +10,7 @@ from rfl_jax.evaluation.evaluate import evaluate, show
 from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
 from rfl_jax.terminal import RED, command_line, styled, tell_next
+from rfl_jax.training.actions import told
 from rfl_jax.training.changes import check_settings
 from rfl_jax.training.export import export_adapters
 from rfl_jax.training.lock import Lock
@@ -37,7 +38,7 @@ def _train(cfg: Config, folder: RunFolder, lock: Lock) -> None:
     if not trained.finished:
         print(f"stopped; the same command goes on from here ({folder})", file=sys.stderr)
         sys.exit(130)
-    params = trained.state.params
+    params = trained.state.tuned
     files = export_adapters(run, params, folder)
     result = None
     if cfg.eval.file_name:
@@ -47,12 +48,12 @@ def _train(cfg: Config, folder: RunFolder, lock: Lock) -> None:
         return
     if result:
         show(result)
-    if trained.step < run.inputs.steps:
-        print(f"ended at step {trained.step}: {cfg.early_stop} validations brought nothing better (config.early_stop)")
     if trained.validation:
+        if trained.step < run.inputs.steps:
+            print(f"ended at step {trained.step}: {trained.validation.end}")
         for entry in trained.validation.entries:
             if entry["alarm"]:
-                print(styled(f"ALARM at step {entry['step']}: {entry['alarm']}", RED, sys.stdout))
+                print(styled(f"ALARM at step {entry['step']}: {told(entry)}", RED, sys.stdout))
         if trained.validation.best_step is not None:
             print(f"best validation: step {trained.validation.best_step} ({folder.best}/, --step=best)")
     for file in files:

@@ -177,13 +177,20 @@ def test_damaged_converted_weights(tmp_path, damaged, damage):
         store.open_component("umt5", [str(folder)])
 
 
+MEASURES = dict.fromkeys(("face_sim", "judge_sim", "motion", "copying", "face_fraction"), 0.5)
+STOPPED = {**MEASURES, "step": 4, "alarm": "motion fell", "action": "stop", "back_to": 2}
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"clips": 3}, {"base": None}, {"validations": {}}, {"validations": [3]}, {"base": {"face_sim": 1.0}}],
-)
+    [
+        {"clips": 3}, {"base": None}, {"validations": {}}, {"validations": [3]}, {"base": {"face_sim": 1.0}},
+        {"validations": [STOPPED | {"action": "laugh"}]}, {"validations": [STOPPED | {"back_to": "2"}]},
+        {"validations": [STOPPED | {"action": "lower", "kl_factor": 2.0}]},
+    ],
+)  # fmt: skip
 def test_a_validation_record_that_is_none(tmp_path, change):
-    measures = dict.fromkeys(("face_sim", "judge_sim", "motion", "copying", "face_fraction"), 0.5)
-    whole = {"clips": ["a"], "base": measures, "validations": [{**measures, "step": 2, "alarm": ""}]}
+    whole = {"clips": ["a"], "base": MEASURES, "validations": [{**MEASURES, "step": 2, "alarm": ""}, STOPPED]}
     file = epath.Path(tmp_path / "validation.json")
     file.write_text(json.dumps(whole))
     assert read_validation(file) == whole

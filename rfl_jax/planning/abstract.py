@@ -127,7 +127,7 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
     networks, params, frozen = abstract_networks(cfg, mesh, executed.experts, files)
     tx, schedule = optimizer(cfg, UPDATES), learning_rate(cfg, UPDATES)
     places = state_places(params, tx, cfg, mesh)
-    state = _placed(jax.eval_shape(lambda p: create_state(p, tx), params), places)
+    state = _placed(jax.eval_shape(lambda p: create_state(p, tx, cfg), params), places)
     frozen = _placed(frozen, frozen_places(cfg, frozen, mesh))
 
     vae, embedder = (describe(cfg, name, files[name]) for name in ("vae", "embedder"))

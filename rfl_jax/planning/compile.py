@@ -96,7 +96,7 @@ def compile_plan(
     """
     mesh = plan.mesh
     state, frozen, batch, _ = plan.args
-    weights = bytes_per_device((state.params, frozen))
+    weights = bytes_per_device((state.params, state.average, frozen))
     optimizer, inputs = bytes_per_device(state.opt_state), bytes_per_device(batch)
     resident = weights + optimizer + inputs
     model, executed = step_flops(cfg, plan)

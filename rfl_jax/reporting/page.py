@@ -12,6 +12,7 @@ from rfl_jax.errors import refuse_damage
 from rfl_jax.evaluation import plots
 from rfl_jax.evaluation.measures import MEASURES
 from rfl_jax.reporting.collect import Run, changed, embed
+from rfl_jax.training.actions import told
 
 WAYS = ("reference", "base", "tuned")
 TITLES = {"reference": "real clip", "base": "before", "tuned": "after"}
@@ -48,6 +49,7 @@ def _render(run: Run, most: int) -> str:
         name=run.folder.path.name,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         done=run.steps >= run.total > 0,
+        told=told,
         alarms=[entry for entry in (run.validation or {}).get("validations", []) if entry["alarm"]],
         measures=_measures(run),
         charts=[(title, drawing.replace("<style ", f'<style nonce="{nonce}" ')) for title, drawing in _charts(run)],

@@ -259,13 +259,18 @@ class Pipeline:
 
 
 def open_pipeline(
-    config: Config | Path | str, *, lora: str = "", step: str = "", devices: Sequence[Any] | None = None
+    config: Config | Path | str,
+    *,
+    lora: str = "",
+    step: str = "",
+    raw: bool = False,
+    devices: Sequence[Any] | None = None,
 ) -> Pipeline:
     """A pipeline with its weights on the mesh.
 
     Args:
         config: of a run, or a config file, or the name of one in configs/.
-        lora, step: what was trained, see `rfl_jax.sampling.trained.read_trained`.
+        lora, step, raw: what was trained, see `rfl_jax.sampling.trained.read_trained`.
         devices: this machine's by default.
 
     Raises:
@@ -275,7 +280,7 @@ def open_pipeline(
     sources = find_sources(cfg, experts=experts_of(cfg))
     check_weights(cfg, sources)
     mesh = make_mesh(dataclasses.asdict(cfg.mesh), devices)
-    trained = read_trained(cfg, lora, step)
+    trained = read_trained(cfg, lora, step, raw=raw)
     graphs, weights = {}, {}
     with waiting("read the weights", show=hosts.is_writer()):
         for name in ("dit", "dit2", "vae"):

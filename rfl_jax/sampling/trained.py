@@ -14,11 +14,11 @@ from rfl_jax.config import Config
 from rfl_jax.errors import UserError
 from rfl_jax.models.lora import TARGETS, add_lora, is_adapters
 from rfl_jax.models.weights import fill, flat_shapes, get_arrays
-from rfl_jax.runs import RunFolder, find_checkpoint, read_network, trained_networks
+from rfl_jax.runs import RunFolder, find_checkpoint, read_network, takes_average, trained_networks
 from rfl_jax.sources import experts_of
 
 
-def read_trained(cfg: Config, source: str, step: str = "") -> dict[str, dict[str, np.ndarray]]:
+def read_trained(cfg: Config, source: str, step: str = "", *, raw: bool = False) -> dict[str, dict[str, np.ndarray]]:
     """Trained arrays by network and path: adapters or weights.
 
     Args:
@@ -27,20 +27,22 @@ def read_trained(cfg: Config, source: str, step: str = "") -> dict[str, dict[str
             NETWORK=FILE[,NETWORK=FILE], which says which expert a file is for (by default the one that its header
             names, else the low-noise one). Empty: none.
         step: of the run's checkpoint, or "best"; the last by default.
+        raw: the weights themselves, where the checkpoint has their average.
 
     Raises:
         UserError: nothing of that kind is there, or it fits no network of this preset.
     """
     if not source:
-        if step:
-            raise UserError("--step: expected a run in --lora")
+        if step or raw:
+            raise UserError(f"--{'step' if step else 'raw'}: expected a run in --lora")
         return {}
     folder = RunFolder(epath.Path(source))
     if "=" not in source and folder.exists() and not store.is_converted(source):
         checkpoint = find_checkpoint(folder, step)
-        return {name: read_network(checkpoint, name) for name in trained_networks(checkpoint)}
-    if step:
-        raise UserError(f"--step: {source} is no run, whose checkpoint could be chosen")
+        average = takes_average(checkpoint, raw=raw)
+        return {name: read_network(checkpoint, name, average=average) for name in trained_networks(checkpoint)}
+    if step or raw:
+        raise UserError(f"--{'step' if step else 'raw'}: {source} is no run, whose checkpoint could be chosen")
     experts = ("dit", "dit2")[: experts_of(cfg)]
     found = {}
     for item in source.split(","):

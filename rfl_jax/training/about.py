@@ -16,7 +16,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Versions, devices, weights by file and fingerprint, and how much is trained on how much."""
+    """Versions, devices, weights by file and fingerprint, how much is trained on how much, and whether the "average" of
+    what trains or its "raw" weights are judged and handed on.
+    """
     sources = run.inputs.sources
     files = {name: sources.files(name) for name in ("dit", "dit2", "text_encoder", "vae")} | {
         "detector": [detector_file(sources.reward)],
@@ -36,6 +38,7 @@ def describe(run: Run) -> dict[str, Any]:
         "trained_parameters": {
             name: sum(leaf.size for leaf in jax.tree.leaves(params)) for name, params in run.state.params.items()
         },
+        "tuned": "average" if run.state.average else "raw",
         "clips": {"trained_on": len(run.inputs.clips.training), "held_out": len(run.inputs.clips.held_out)},
         "steps": run.inputs.steps,
     }

@@ -39,7 +39,9 @@ MAY_CHANGE = (
     # What is written, shown and judged.
     *("save_steps", "logging_steps", "sample_every", "eval_every", "wandb_project", "profile.steps"),
     *("eval.file_name", "eval.judge_model_path", "eval.num_samples", "eval.validation_samples"),
-    *("eval.max_motion_loss", "eval.max_copying_rise"),
+    *("eval.max_motion_loss", "eval.max_copying_rise", "guard.on_alarm", "guard.raise_kl", "guard.max_falls"),
+    # An average that is switched on begins at the weights as they are then.
+    "ema.decay",
     # How it is computed. Videos of an update are compared when the checkpoint is read.
     *("per_device_train_batch_size", "gradient_accumulation_steps", "mesh.data", "mesh.fsdp", "mesh.context"),
     *("use_gradient_checkpointing", "use_gradient_checkpointing_offload", "remat_policy", "vae_caches"),

@@ -1,9 +1,13 @@
-"""Checkpoints of a run (Orbax): trainable weights, optimizer, step, random key and the data iterator's place."""
+"""Checkpoints of a run (Orbax): trainable weights, their average, optimizer, step, random key and the data iterator's
+place.
+"""
 
+import dataclasses
 import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -50,12 +54,21 @@ class Checkpoints:
         for later in [s for s in self._manager.all_steps() if s > step]:
             self._manager.delete(later)
 
-    def save(self, step: int, state: TrainState, key: jax.Array, place: dict[str, Any]) -> None:
-        """Starts writing, unless that step is there. `place` is where the data is, as JSON."""
+    def save(self, step: int, state: TrainState, key: jax.Array, place: dict[str, Any], *, anew: bool = False) -> None:
+        """Starts writing.
+
+        Args:
+            step: of the checkpoint. Where that is there nothing is written, unless `anew`.
+            state, key: of the run.
+            place: where the data is, as JSON.
+            anew: the checkpoint of that step is replaced.
+        """
         if step in self._manager.all_steps():
-            return
+            if not anew:
+                return
+            self._manager.delete(step)
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
+            state=ocp.args.PyTreeSave(_items(state)),
             run=ocp.args.JsonSave({"key": jax.random.key_data(key).tolist(), **place}),
         )
         self._manager.save(step, args=items)
@@ -63,13 +76,20 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, np.ndarray, dict[str, Any]]:
         """State with the shapes and shardings of `like`, the random key's data, and the place that it was saved with.
 
+        An average that the checkpoint has not begins at its weights, one that `like` has not is left out. Earlier
+        releases saved no factors: they were 1.
+
         Raises:
             UserError: the checkpoint does not fit the configuration.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _items(like))
         # Compared before anything is read: a read that fails leaves others running behind it.
         with refuse_damage(f"{self._directory}/{step}: {UNREADABLE}"):
-            found = _shapes(self._manager.item_metadata(step)["state"].tree)
+            tree = self._manager.item_metadata(step)["state"].tree
+            both = tree.keys() & abstract.keys()
+            optional = {"average", "factors"} - both
+            abstract = {name: part for name, part in abstract.items() if name not in optional}
+            found = _shapes({name: part for name, part in tree.items() if name not in optional})
         expected = _shapes(abstract)
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
@@ -78,7 +98,9 @@ class Checkpoints:
                     f"{found.get(name, 'none')}, expected {expected.get(name, 'none')})"
                 )
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract)),
+            state=ocp.args.PyTreeRestore(
+                abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+            ),
             run=ocp.args.JsonRestore(),
         )
         with refuse_damage(f"{self._directory}/{step}: {UNREADABLE}"):
@@ -86,7 +108,18 @@ class Checkpoints:
             key = np.array(values["run"]["key"], np.uint32)
             if key.shape != np.shape(jax.random.key_data(jax.random.key(0))):
                 raise ValueError(f"a random key of shape {key.shape}")
-        return values["state"], key, values["run"]
+        state = TrainState(**{"average": {}, "factors": like.factors} | values["state"])
+        if like.average and not state.average:
+            places = jax.tree.map(lambda x: x.sharding, like.average)
+            copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=places)
+            state = dataclasses.replace(state, average=copy(state.params))
+        return state, key, values["run"]
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state by name; an empty average is not among them."""
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: part for name, part in parts.items() if name != "average" or part}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

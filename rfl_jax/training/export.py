@@ -15,13 +15,20 @@ from rfl_jax.training.setup import Run
 
 
 def export_adapters(run: Run, params: States, folder: RunFolder) -> list[epath.Path]:
-    """Writes `<network>_lora.safetensors` for each adapted network, by the original's names of layers."""
+    """Writes `<network>_lora.safetensors` for each adapted network, by the original's names of layers.
+
+    Args:
+        run: that was trained.
+        params: what is handed on of it: the average of the weights where there is one (`TrainState.tuned`).
+        folder: of the run.
+    """
     files = []
     everywhere = jax.jit(lambda x: x, out_shardings=replicated(run.mesh))
     for name in run.networks.adapted:
         arrays = {k: np.asarray(v) for k, v in flat_arrays(everywhere(params[name])).items()}
         rank = str(run.cfg.lora_rank)
         metadata = {"base_model": run.cfg.preset, "network": name, "rank": rank, "alpha": rank}
+        metadata["weights"] = "average" if run.cfg.ema.decay else "raw"
         files.append(folder.adapters(name))
         if is_writer():
             write_whole(files[-1], adapter_file(arrays, "original", metadata))

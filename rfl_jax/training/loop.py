@@ -40,7 +40,7 @@ class Trained:
     Attributes:
         state: after the last step.
         step: the last.
-        finished: whether there is nothing left to do: all steps are done, or `early_stop` ended them.
+        finished: whether there is nothing left to do: all steps are done, or a validation ended them.
         validation: with its record and its compiled held-out clips; None without validations.
     """
 
@@ -77,11 +77,16 @@ def train(run: Run, folder: RunFolder, lock: Lock | None = None) -> Trained:
             validation = opened.enter_context(Validation(cfg, run.open_held_out(), folder, begun, record.note))
             hooks.append(validation)
         stop = opened.enter_context(Stop())
-        if validation and (missed := validation.make_up(progress)):
-            record.amend(begun, missed)
+        if validation:
+            at = progress.went_back
+            if missed := validation.make_up(progress):
+                record.amend(begun, missed)
+            if progress.went_back != at:
+                progress.save(checkpoints, anew=True)
+                checkpoints.wait()
 
         def ended() -> bool:
-            return progress.step >= total or stop.agreed or bool(validation and validation.exhausted)
+            return progress.step >= total or stop.agreed or bool(validation and validation.end)
 
         while not ended():
             for hook in hooks:
@@ -104,10 +109,14 @@ def train(run: Run, folder: RunFolder, lock: Lock | None = None) -> Trained:
             if ended() and (broken := first_not_finite(progress.state.params)):
                 raise RunError(_blown_up(run, progress, broken, checkpoints.latest()))
             # Until a finite step the last checkpoint is one to go on from.
-            if (progress.step % cfg.save_steps == 0 and not progress.bad_steps) or ended():
+            put_back = progress.went_back == progress.step
+            if (progress.step % cfg.save_steps == 0 and not progress.bad_steps) or ended() or put_back:
                 progress.save(checkpoints)
                 record.saved(progress.step)
-    finished = progress.step >= total or (validation is not None and validation.exhausted)
+            if put_back:
+                # Nobody goes this way again, who would want the checkpoint that a better one takes the place of.
+                checkpoints.wait()
+    finished = progress.step >= total or bool(validation and validation.end)
     return Trained(progress.state, progress.step, finished, validation)
 
 

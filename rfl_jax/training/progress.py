@@ -47,6 +47,7 @@ class Progress:
         data: iterator over batches.
         order: of the data.
         bad_steps: the last steps in a row of which an update was skipped.
+        went_back: the step after which an alarm last put back the weights; 0: none did.
     """
 
     step: int
@@ -55,13 +56,14 @@ class Progress:
     data: grain.DatasetIterator
     order: Order
     bad_steps: int = 0
+    went_back: int = 0
 
-    def save(self, checkpoints: Checkpoints) -> None:
-        """Starts writing a checkpoint, unless it is there, or its weights are not finite."""
+    def save(self, checkpoints: Checkpoints, *, anew: bool = False) -> None:
+        """Starts writing a checkpoint, unless its weights are not finite, or it is there and is not to be written `anew`."""
         if first_not_finite(self.state.params):
             return
-        place = {"data": iterator_state(self.data), **dataclasses.asdict(self.order)}
-        checkpoints.save(self.step, self.state, self.key, place)
+        place = {"data": iterator_state(self.data), **dataclasses.asdict(self.order), "went_back": self.went_back}
+        checkpoints.save(self.step, self.state, self.key, place, anew=anew)
 
 
 @runtime_checkable
@@ -133,4 +135,7 @@ def _restored(run: Run, checkpoints: Checkpoints, step: int, *, own: bool) -> Pr
     if change and is_writer():
         then = "weights and optimizer go on, the clips begin anew" if moved else "the epoch goes on in its order"
         print(f"{run.cfg.file_name}: since step {step}: {change.text}; {then}", file=sys.stderr)
-    return Progress(step, state, random_key(key, run.mesh), data, order)
+    went_back = place.get("went_back", 0) if own else 0
+    if not own:  # another run's alarms are none of this one
+        state = dataclasses.replace(state, factors=run.state.factors)
+    return Progress(step, state, random_key(key, run.mesh), data, order, went_back=went_back)

@@ -136,7 +136,7 @@ def set_up(cfg: Config, folder: RunFolder, devices: Sequence[Any] | None = None)
             f"{broken}: holds NaN or infinity before training, expected numbers in the weights it begins with"
         )
     frozen = jax.tree.map(hosts.place, frozen, frozen_places(cfg, frozen, mesh))
-    state = jax.jit(lambda p: create_state(p, tx), out_shardings=places)(params)
+    state = jax.jit(lambda p: create_state(p, tx, cfg), out_shardings=places)(params)
     step = jit_step(cfg, networks, inputs.sampler, tx, schedule, places)
     prefix = None
     if inputs.prefix.spans:

@@ -1,4 +1,4 @@
-"""What a step changes: trainable weights and optimizer, from where they start and where they lie."""
+"""What a step changes: trainable weights, their average and the optimizer, from where they start and where they lie."""
 
 import dataclasses
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from convert import adapters
 from rfl_jax.config import Config
@@ -14,6 +15,8 @@ from rfl_jax.models.weights import fill_state
 from rfl_jax.networks.parts import States
 from rfl_jax.networks.table import sharding_table
 from rfl_jax.sharding import replicated, shardings
+
+FACTORS = ("learning_rate", "kl")
 
 
 @dataclasses.dataclass
@@ -24,14 +27,23 @@ class TrainState:
         step: optimizer updates done, without those that were skipped.
         params: trainable weights of each trained network, float32.
         opt_state: optimizer state of `params`.
+        average: exponential moving average of `params`, float32; empty without `ema.decay`.
+        factors: of "learning_rate" and "kl" (the KL's weight): 1, until alarms change them (`guard.on_alarm`).
     """
 
     step: Any
     params: States
     opt_state: Any
+    average: States = dataclasses.field(default_factory=dict)
+    factors: dict[str, Any] = dataclasses.field(default_factory=lambda: dict.fromkeys(FACTORS, jnp.float32(1)))
+
+    @property
+    def tuned(self) -> States:
+        """The weights that are judged and handed on: the average where there is one."""
+        return self.average or self.params
 
 
-jax.tree_util.register_dataclass(TrainState, ["step", "params", "opt_state"], [])
+jax.tree_util.register_dataclass(TrainState, ["step", "params", "opt_state", "average", "factors"], [])
 
 
 def start_from(cfg: Config, params: States) -> States:
@@ -47,14 +59,31 @@ def start_from(cfg: Config, params: States) -> States:
     return params
 
 
-def create_state(params: States, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first update."""
-    return TrainState(jnp.int32(0), params, tx.init(params))
+def create_state(params: States, tx: optax.GradientTransformation, cfg: Config) -> TrainState:
+    """The state before the first update. The average begins at the weights."""
+    average = jax.tree.map(jnp.copy, params) if cfg.ema.decay else {}
+    return TrainState(jnp.int32(0), params, tx.init(params), average, dict.fromkeys(FACTORS, jnp.float32(1)))
+
+
+def follow(average: States, params: States, decay: float, updates: Int[Array, ""]) -> States:
+    """The moving average after an update: `d * average + (1 - d) * params` with d = min(decay, (1 + n) / (10 + n)).
+
+    An average of a constant d would still hold d**n of the weights that it began with after n updates, most of what a
+    short run gives. A d that grows from 0.1 lets go of them at once: there is no bias left to correct.
+
+    Args:
+        average: before it.
+        params: after it.
+        decay: of the configuration.
+        updates: n, done before it.
+    """
+    d = jnp.minimum(decay, (1 + updates) / (10 + updates))
+    return jax.tree.map(lambda a, p: d * a + (1 - d) * p, average, params)
 
 
 def state_places(params: States, tx: optax.GradientTransformation, cfg: Config, mesh: Mesh) -> TrainState:
-    """Shardings of a state: moments lie where their weights do, or in these devices' host memory; everything else
-    everywhere.
+    """Shardings of a state: average and moments lie where their weights do, moments if asked for in these devices' host
+    memory; everything else everywhere.
 
     Args:
         params: arrays or their shapes.
@@ -64,7 +93,7 @@ def state_places(params: States, tx: optax.GradientTransformation, cfg: Config, 
     """
     whole = replicated(mesh)
     places = {name: shardings(state, sharding_table(name), mesh) for name, state in params.items()}
-    abstract = jax.eval_shape(lambda p: create_state(p, tx), params)
+    abstract = jax.eval_shape(lambda p: create_state(p, tx, cfg), params)
     structure = jax.tree.structure(params)
 
     moments = places
@@ -78,4 +107,10 @@ def state_places(params: States, tx: optax.GradientTransformation, cfg: Config, 
     def placed(subtree: Any) -> Any:
         return moments if is_moments(subtree) else jax.tree.map(lambda _: whole, subtree)
 
-    return TrainState(whole, places, jax.tree.map(placed, abstract.opt_state, is_leaf=is_moments))
+    return TrainState(
+        whole,
+        places,
+        jax.tree.map(placed, abstract.opt_state, is_leaf=is_moments),
+        places if cfg.ema.decay else {},
+        dict.fromkeys(FACTORS, whole),
+    )

@@ -19,20 +19,26 @@ from rfl_jax.sampling.phases import phase_scope
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, compared_steps, latent_shape, start_noise
 from rfl_jax.training.finite import finite_gradients, finite_weights
-from rfl_jax.training.state import TrainState
+from rfl_jax.training.state import TrainState, follow
 
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, Frozen, Batch, Array], tuple[TrainState, Metrics]]
 
 
 def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[..., tuple[Array, Metrics]]:
-    """`(params, frozen, batch, key, update=0) -> (loss, metrics)` of one micro-batch, after so many updates.
+    """`(params, frozen, batch, key, update=0, kl_factor=1) -> (loss, metrics)` of one micro-batch, after so many updates and
+    with so many times the KL's weight.
 
     A batch may bring the latents it starts from: "prefix", after steps that are not the sampler's, or "noise".
     """
 
     def loss(
-        params: States, frozen: Frozen, batch: Batch, key: Array, update: Array | int = 0
+        params: States,
+        frozen: Frozen,
+        batch: Batch,
+        key: Array,
+        update: Array | int = 0,
+        kl_factor: Array | float = 1.0,
     ) -> tuple[Array, Metrics]:
         experts, keep = bind_experts(networks, sampler, params, frozen, batch)
         start = batch.get("prefix", batch.get("noise"))
@@ -49,7 +55,7 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
         # Samples without a face say nothing: no reward and no gradient of it.
         rewarded = jnp.where(score.valid, reward_loss(score.score), 0.0)
         kl = jnp.mean(out.kl)
-        value = cfg.reward.weight * jnp.mean(rewarded) + cfg.reward.kl_weight * kl
+        value = cfg.reward.weight * jnp.mean(rewarded) + cfg.reward.kl_weight * kl_factor * kl
         count = jnp.sum(score.valid)
         metrics = {
             "loss": value,
@@ -97,20 +103,22 @@ def make_step(
     grad = jax.value_and_grad(make_loss(cfg, networks, sampler), has_aux=True)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        grads, metrics = accumulate(
-            partial(grad, state.params, frozen, key=key, update=state.step), batch, state.params
-        )
+        told = {"key": key, "update": state.step, "kl_factor": state.factors["kl"]}
+        grads, metrics = accumulate(partial(grad, state.params, frozen, **told), batch, state.params)
         before = state
         if cfg.optimizer_memory != "device":
             opt_state = jax.device_put(state.opt_state, jax.memory.Space.Device)
             before = dataclasses.replace(state, opt_state=opt_state)
         with phase_scope("optimizer"):
             updates, opt_state = tx.update(grads, before.opt_state, state.params)
+            # An update is a multiple of the rate: weight decay is too.
+            updates = jax.tree.map(lambda u: state.factors["learning_rate"] * u, updates)
             params = cast(States, optax.apply_updates(state.params, updates))
+            average = follow(state.average, params, cfg.ema.decay, state.step) if cfg.ema.decay else state.average
             # An update that is not finite leaves no trace, not in the moments nor in the schedule either. Its new values
             # have no say in that: all of them would have to be there before the first could take the old one's place.
             finite = finite_gradients(grads, jnp.mean(metrics["loss"]))
-            kept = TrainState(state.step + 1, params, opt_state)
+            kept = TrainState(state.step + 1, params, opt_state, average, state.factors)
             kept = jax.tree.map(partial(jnp.where, jnp.all(finite)), kept, before)
         means = {
             "loss": jnp.mean(metrics["loss"]),
@@ -118,7 +126,7 @@ def make_step(
             "kl_loss": jnp.mean(metrics["kl_loss"]),
             "grad_norm": optax.tree.norm(grads),
             "no_face_fraction": jnp.mean(metrics["no_face_fraction"]),
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(state.step) * state.factors["learning_rate"],
             "finite": finite & finite_weights(kept.params),
             "video": metrics["video"][0],
         }

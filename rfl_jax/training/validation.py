@@ -1,6 +1,7 @@
 """Held-out clips judged while training runs: the best checkpoint, when to stop, and the alarm when the reward is hacked."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,9 @@ from rfl_jax.hosts import is_writer
 from rfl_jax.networks.parts import States
 from rfl_jax.runs import RunFolder
 from rfl_jax.terminal import RED, styled
+from rfl_jax.training.actions import LOWER, STOP, told
 from rfl_jax.training.checkpoint import Checkpoints
+from rfl_jax.training.guard import factors_of, lowered, put_back
 from rfl_jax.training.progress import Progress
 
 # What decides which checkpoint is the best: the embedder that is not trained against.
@@ -66,10 +69,22 @@ def _read(file: epath.Path) -> dict[str, Any]:
     entries = found.get("validations")
     measured = [found.get("base"), *entries] if isinstance(entries, list) else []
     known = [x for x in measured if isinstance(x, dict) and all(type(x.get(name)) is float for name in VALIDATED)]
-    named = all(type(x.get("step")) is int and type(x.get("alarm")) is str for x in known[1:])
+    named = all(
+        type(x.get("step")) is int and type(x.get("alarm")) is str and _says_what_was_done(x) for x in known[1:]
+    )
     if not known or len(known) != len(measured) or not named or not isinstance(found.get("clips"), list):
         raise UserError(f"{file}: expected clips, base and validations with their measures, as a run writes them")
     return found
+
+
+def _says_what_was_done(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry's action is none, or one with its numbers."""
+    if "action" not in entry:
+        return True
+    numbers = {"back_to": int} | (
+        {"learning_rate_factor": float, "kl_factor": float} if entry["action"] == LOWER else {}
+    )
+    return entry["action"] in (LOWER, STOP) and all(type(entry.get(name)) is kind for name, kind in numbers.items())
 
 
 class Validation:
@@ -109,19 +124,38 @@ class Validation:
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """The validations so far: "step", the measures, "alarm"."""
+        """The validations so far: "step", the measures, "alarm"; and where something was done about it "action" ("lower"
+        or "stop"), "back_to" (a step), and the factors of learning rate and KL from then on.
+        """
         return self._record["validations"]
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best validation so far."""
-        return max(self.entries, key=lambda e: (e[JUDGED_BY], -e["step"]))["step"] if self.entries else None
+        """The step of the best validation so far; none from which the run went back."""
+        kept = [entry for entry in self.entries if "action" not in entry]
+        return max(kept, key=lambda e: (e[JUDGED_BY], -e["step"]))["step"] if kept else None
 
     @property
-    def exhausted(self) -> bool:
-        """Whether `early_stop` says that it is enough."""
+    def end(self) -> str:
+        """Why training ends here; empty if it does not."""
         patience = self._cfg.early_stop
-        return patience > 0 and without_progress([entry[JUDGED_BY] for entry in self.entries]) >= patience
+        scores = [-math.inf if "action" in entry else entry[JUDGED_BY] for entry in self.entries]
+        if patience > 0 and without_progress(scores) >= patience:
+            return f"{patience} validations brought nothing better (config.early_stop)"
+        last = self.entries[-1] if self.entries else {}
+        # Asked again: other settings may let a run go on that was stopped.
+        if last.get("action") != STOP or self._action(last["alarm"]) != STOP:
+            return ""
+        lowers = self._cfg.guard.on_alarm == LOWER
+        return "an alarm too many (config.guard.max_falls)" if lowers else "an alarm (config.guard.on_alarm)"
+
+    def _action(self, warning: str) -> str:
+        """What is done about an alarm; empty if there is none, or nothing is done."""
+        guard = self._cfg.guard
+        if not warning or guard.on_alarm == "warn":
+            return ""
+        falls = sum(entry.get("action") == LOWER for entry in self.entries)
+        return LOWER if guard.on_alarm == LOWER and falls < guard.max_falls else STOP
 
     def before(self, step: int) -> None:
         """Nothing to do."""
@@ -133,22 +167,35 @@ class Validation:
 
     def make_up(self, progress: Progress) -> dict[str, Any]:
         """The validation that an interruption did not wait for; empty if none is missing. The best checkpoint is written
-        where it is this step's and was lost.
+        where it is this step's and was lost, or where none is there that an alarm could go back to.
         """
-        if self.best_step == progress.step:
+        guarded = self._cfg.guard.on_alarm != "warn"
+        if self.best_step == progress.step or (guarded and self._best.latest() is None):
             progress.save(self._best)
+            self._best.wait()
         due = progress.step > 0 and progress.step % self._cfg.eval_every == 0
-        known = any(entry["step"] == progress.step for entry in self.entries)
-        return self._validate(progress) if due and not known else {}
+        known = [entry for entry in self.entries if entry["step"] == progress.step]
+        if due and not known:
+            return self._validate(progress)
+        # The interruption came after the record's entry and before the checkpoint with what was done.
+        if known and "action" in known[0] and progress.went_back != progress.step:
+            self._go_back(progress, known[0]["action"])
+        return {}
 
     def _validate(self, progress: Progress) -> dict[str, Any]:
-        """Judges the weights after a step, keeps them if they are the best so far, and says what was found."""
-        params = progress.state.params
+        """Judges the weights after a step, keeps them if they are the best so far, goes back if an alarm asks for it, and
+        says what was found.
+        """
+        params = progress.state.tuned
         if self._record["base"] is None:
             self._record["base"] = self._measure(self.held_out.untrained(params))
         measures = self._measure(params)
         warning = alarm(self._record["base"], [*self.entries, measures], self._cfg.eval)
-        self.entries.append({"step": progress.step, **measures, "alarm": warning})
+        found: dict[str, Any] = {"alarm": warning}
+        if action := self._action(warning):
+            found |= {"action": action, "back_to": self._go_back(progress, action)}
+            found |= factors_of(progress.state) if action == LOWER else {}
+        self.entries.append({"step": progress.step, **measures, **found})
         if self.best_step == progress.step:
             progress.save(self._best)
             # The record must not name what a sudden end keeps from being written.
@@ -158,8 +205,22 @@ class Validation:
         shown = "  ".join(f"{name} {measures[name]:.4f}" for name in VALIDATED)
         self._note(f"step {progress.step}: held-out clips: {shown}")
         if warning:
-            self._note(styled(f"ALARM at step {progress.step}: {warning}", RED, sys.stderr))
-        return {f"eval_{name}": measures[name] for name in VALIDATED} | {"alarm": warning}
+            self._note(styled(f"ALARM at step {progress.step}: {told(found)}", RED, sys.stderr))
+        return {f"eval_{name}": measures[name] for name in VALIDATED} | found
+
+    def _go_back(self, progress: Progress, action: str) -> int:
+        """Puts back the best weights, or those that the run began with, and lowers the learning rate if asked for.
+
+        Returns:
+            The step of those weights.
+        """
+        step = self._best.latest()
+        assert step is not None, "make_up keeps one"
+        best, _, _ = self._best.restore(step, progress.state)
+        state = put_back(progress.state, best)
+        progress.state = lowered(state, self._cfg.guard.raise_kl) if action == LOWER else state
+        progress.went_back, progress.bad_steps = progress.step, 0
+        return step
 
     def _measure(self, params: States) -> dict[str, float]:
         clips = []

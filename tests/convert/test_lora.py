@@ -336,6 +336,7 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     line = json.loads((tmp_path / "first" / "metrics.jsonl").read_text().splitlines()[-1])
     assert metadata["base_model"] == "mini"
     assert (metadata["network"], metadata["step"], metadata["rank"], metadata["alpha"]) == ("dit2", "2", "4", "4")
+    assert metadata["weights"] == "raw"
     assert float(metadata["face_score"]) == pytest.approx(line["face_score"], abs=1e-6)
     assert len(metadata["config_sha256"]) == 64
     export_first("--step", 1, "--format", "diffusers", "--dst", tmp_path / "b.safetensors")
@@ -367,6 +368,10 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     for bad, message in (
         (["--step", 9, "--dst", tmp_path / "x.safetensors"], "has no checkpoint 9, expected one of"),
         (["--network", "dit", "--dst", tmp_path / "x.safetensors"], "--network: dit: the run trained dit2"),
+        (
+            ["--raw", "--dst", tmp_path / "x.safetensors"],
+            r"--raw: .*checkpoints/2 holds no average \(config\.ema\.decay",
+        ),
         (["--dst", tmp_path / "a.safetensors"], "exists already"),
         (["--dst", tmp_path / "x.bin"], "ends in .safetensors"),
         (["--merged", "--format", "comfyui", "--dst", tmp_path / "x.safetensors"], "whole weights have the naming"),

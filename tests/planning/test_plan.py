@@ -14,7 +14,7 @@ from rfl_jax.chips import ACCELERATOR_TYPES, CHIPS, Chip, devices_of
 from rfl_jax.config import Config, NoiseSection
 from rfl_jax.miniature.world import SIZE
 from rfl_jax.plan import show
-from rfl_jax.planning.abstract import make_plan, on_devices
+from rfl_jax.planning.abstract import bytes_per_device, make_plan, on_devices
 from rfl_jax.planning.compile import compile_plan, largest_arguments
 from rfl_jax.planning.search import changed, least_bytes, variants, walk
 from rfl_jax.remat import NAMES
@@ -29,7 +29,10 @@ def plan(*arguments, timeout=600):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
 
 
-@pytest.mark.parametrize("changes", [{}, {"noise.prefix_cache": "off"}, {"trainable_models": "dit2,vae,text_encoder"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"noise.prefix_cache": "off", "ema.decay": 0.99}, {"trainable_models": "dit2,vae,text_encoder"}],
+)
 def test_arguments_are_those_of_the_run(settings, tmp_path, changes):
     cfg = settings(
         **{"mesh.fsdp": 2, "mesh.context": 2, "data.max_pixels": 64 * 64, **changes}, per_device_train_batch_size=1
@@ -47,6 +50,11 @@ def test_arguments_are_those_of_the_run(settings, tmp_path, changes):
         assert (a.shape, a.dtype) == (b.shape, b.dtype), name
         if b.committed and not jax.dtypes.issubdtype(b.dtype, jax.dtypes.prng_key):
             assert a.sharding.is_equivalent_to(b.sharding, a.ndim), name
+    # What is reported is what lies on a device, the average among it.
+    loaded = (run.state.params, run.state.average, run.frozen)
+    found = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(loaded))
+    assert bytes_per_device((planned[0].params, planned[0].average, planned[1])) == found
+    assert bool(run.state.average) == ("ema.decay" in changes)
 
 
 def test_bytes_are_those_of_a_real_run(tmp_path, clip_folder):

@@ -226,8 +226,14 @@ def test_names_and_prompts_stay_text_and_only_the_pages_own_script_runs(folder):
 
 
 def test_the_alarm_is_on_the_page(folder):
-    assert "Alarm at step 30" in render(read_run(RunFolder(folder)), most=0)
+    page = render(read_run(RunFolder(folder)), most=0)
+    assert "Alarm at step 30" in page
+    assert "back to" not in page
     record = json.loads((folder / "validation.json").read_text())
+    done = {"action": "lower", "back_to": 20, "learning_rate_factor": 0.5, "kl_factor": 2.0}
+    (folder / "validation.json").write_text(json.dumps(record | {"validations": [record["validations"][0] | done]}))
+    page = render(read_run(RunFolder(folder)), most=0)
+    assert "; back to the weights of step 20, learning rate x 0.5, KL x 2." in page
     record["validations"][0]["alarm"] = ""
     (folder / "validation.json").write_text(json.dumps(record))
     assert "Alarm" not in render(read_run(RunFolder(folder)), most=0)

@@ -351,6 +351,9 @@ def test_what_cannot_be_sampled_is_refused_by_name(settings, tmp_path, faces):
     ):
         with pytest.raises(UserError, match=message):
             read_trained(cfg, str(source))
+    for source, message in (("", "expected a run in --lora"), (tmp_path / "none.safetensors", "is no run")):
+        with pytest.raises(UserError, match=f"--raw: .*{message}"):
+            read_trained(cfg, str(source), raw=True)
     wide = tmp_path / "wide.safetensors"
     wide.write_bytes(adapter_file(random_adapters(0, dim=64), "diffusers", {}))
     with pytest.raises(UserError, match=r"wide\.safetensors: .* do not make"):
