@@ -34,8 +34,8 @@ def _forget_programs():
     jax.clear_caches()
 
 
-# Minutes each: what waits for other processes.
-LONG = ("test_buckets.py", "test_hosts.py", "test_full_disk.py")
+# A minute and more each.
+LONG = ("test_buckets.py", "test_hosts.py", "test_plan.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -10,6 +10,7 @@ from benchmarks.kill import Aim, Campaign, being_written, differences
 SHORT = ("--config.max_steps=2", "--config.save_steps=1", "--config.eval_every=0", "--config.eval.file_name=")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path):
     campaign = Campaign(tmp_path, SHORT)
     campaign.run_to_the_end(campaign.reference)

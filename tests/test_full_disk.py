@@ -113,6 +113,7 @@ def leave(disk, room):
         stream.write(bytes(free - room))
 
 
+@pytest.mark.slow
 def test_every_command_goes_on_when_there_is_room(small_disk, clip_folder):
     subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
     environment = os.environ | {"XLA_FLAGS": COMPILER}
