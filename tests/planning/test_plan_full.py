@@ -38,8 +38,8 @@ def test_a_chip_too_small_is_refused_with_what_was_needed():
 
 
 def test_a_search_ranks_what_fits_by_predicted_time():
-    found = plan("--config=configs/mini.py", "--config.train_batch_size=2", "--config.per_device_train_batch_size=2",
-                 "--topology=v5e-1", "--search", "--predict", "--json", timeout=6000)  # fmt: skip
+    found = plan("--config=configs/mini.py", "--config.train_batch_size=4", "--config.per_device_train_batch_size=4",
+                 "--topology=v5e-4", "--search", "--predict", "--json", timeout=6000)  # fmt: skip
     assert found.returncode == 0, found.stderr
     report = json.loads(found.stdout)
     told = re.findall(r"^tried (.*): fits, ([\d.]+) s predicted$", found.stderr, re.MULTILINE)
