@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from rfl_jax.errors import UserError, refuse_damage
-from rfl_jax.files import absolute, array_handler
+from rfl_jax.files import absolute, array_handler, naming
 from rfl_jax.runs import UNREADABLE
 from rfl_jax.training.state import TrainState
 
@@ -47,7 +47,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until all are written."""
-        self._manager.wait_until_finished()
+        with naming(self._directory):
+            self._manager.wait_until_finished()
 
     def forget_after(self, step: int) -> None:
         """Removes checkpoints of later steps."""
@@ -71,7 +72,9 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(_items(state)),
             run=ocp.args.JsonSave({"key": jax.random.key_data(key).tolist(), **place}),
         )
-        self._manager.save(step, args=items)
+        # It waits for the one before, whose fault it may be.
+        with naming(self._directory):
+            self._manager.save(step, args=items)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, np.ndarray, dict[str, Any]]:
         """State with the shapes and shardings of `like`, the random key's data, and the place that it was saved with.
