@@ -86,7 +86,7 @@ def refuse_damage(expected: str) -> Iterator[None]:
     """Turns whatever a library raises that reads a damaged file into a `UserError` of this beginning. What a disk or a bucket
     refuses remains what it is, and so does what this program refuses itself.
     """
-    _ignore_late_readers()
+    ignore_late_ends()
     try:
         yield
     except UserError:
@@ -98,8 +98,8 @@ def refuse_damage(expected: str) -> Iterator[None]:
 
 
 @functools.cache
-def _ignore_late_readers() -> None:
-    """Keeps reads that go on behind one that failed from telling, one by one, that nobody waits for them any more."""
+def ignore_late_ends() -> None:
+    """Keeps reads and writes that go on behind one that failed from telling, one by one, that nobody waits for them any more."""
     told = sys.unraisablehook
 
     def tell(ignored: Any) -> None:

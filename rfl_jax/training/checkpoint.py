@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rfl_jax.errors import UserError, refuse_damage
+from rfl_jax.errors import UserError, ignore_late_ends, refuse_damage
 from rfl_jax.files import absolute, array_handler, naming
 from rfl_jax.runs import UNREADABLE
 from rfl_jax.training.state import TrainState
@@ -27,6 +27,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.Path, *, keep: int = 3) -> None:
+        ignore_late_ends()
         self._directory = directory
         # Hosts meet while they write; where two folders are written at once, each has meetings of its own.
         meetings = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name)
