@@ -45,3 +45,12 @@ def test_a_hacked_run_is_flagged_and_the_normal_one_is_not(tmp_path):
     assert "motion fell" in lines[19]["alarm"]
     command("rfl_jax.report", hacked, "-o", tmp_path / "hacked.html")
     assert "Alarm at step 20" in (tmp_path / "hacked.html").read_text()
+
+    # Going back at an alarm, the same settings end within the alarm's bounds and with a gain.
+    lowered = tmp_path / "lowered"
+    guarded = (*guardless[:2], "--config.guard.on_alarm=lower")
+    done = command("rfl_jax.train", "--config=configs/mini.py", f"--workdir={lowered}", cache, *guarded)
+    assert "back to the weights of step 10, learning rate x 0.5, KL x 2" in done.stdout
+    result = json.loads((lowered / "evaluation.json").read_text())
+    assert result["motion"]["tuned"] > 0.8 * result["motion"]["base"]
+    assert result["judge_sim"]["tuned"] > result["judge_sim"]["base"] + 0.01
