@@ -2,9 +2,12 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import filelock
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from rfl_jax.errors import first_line
 from rfl_jax.files import user_cache
@@ -38,3 +41,17 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+
+
+@contextmanager
+def not_kept() -> Iterator[None]:
+    """Programs compiled under it are neither read nor written: those for devices that are not there could not be read back."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    # JAX asks for the setting once, and after a reset again.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

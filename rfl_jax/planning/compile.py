@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from rfl_jax.planning.abstract import Plan, bytes_per_device
 from rfl_jax.planning.hlo import Program, Traffic, collectives
 from rfl_jax.planning.links import Links
 from rfl_jax.planning.predict import Prediction, predict
+from rfl_jax.programs import not_kept
 from rfl_jax.rewards.arcface import CROP, IResNet
 from rfl_jax.rewards.scrfd import SCRFD
 from rfl_jax.terminal import waiting
@@ -111,7 +113,8 @@ def compile_plan(
         programs, peak, needed = [], None, float(least)
     try:
         for program, args in programs:
-            with waiting(f"compile for {plan.samples} samples and the policy {cfg.policy}"), jax.set_mesh(mesh):
+            kept = nullcontext() if device in jax.devices() else not_kept()
+            with waiting(f"compile for {plan.samples} samples and the policy {cfg.policy}"), jax.set_mesh(mesh), kept:
                 options: Any = {"exec_time_optimization_effort": effort} if tpu and effort is not None else None
                 compiled = program.lower(*args).compile(compiler_options=options)
             memory = compiled.memory_analysis()
