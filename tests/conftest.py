@@ -44,8 +44,8 @@ def pytest_collection_modifyitems(items):
     """
     rest = [item for item in items if item.path.name not in LONG]
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    for share in range(min(workers, len(LONG))):
-        first = [item for item in items if item.path.name in LONG[share :: min(workers, len(LONG))]]
-        at = -(-share * len(items) // workers)
-        rest[at:at] = first
+    shares = min(workers, len(LONG))
+    for share in range(shares):
+        at = share * len(items) // workers
+        rest[at:at] = [item for item in items if item.path.name in LONG[share::shares]]
     items[:] = rest
