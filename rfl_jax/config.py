@@ -89,7 +89,7 @@ class KLSection:
     target: Annotated[
         float,
         AtLeast(0),
-        "Budget of the KL: its weight grows, by 10 % an update at most, while it is above and falls back below; 0: none.",
+        "Budget of the KL, whose weight grows while it is above, by 11 % an update at most, and falls back below; 0: none.",
     ] = 0.0
 
 

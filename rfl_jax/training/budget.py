@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-RATE = 0.1  # of the logarithm, so that the weight changes by a tenth at most
+RATE = 0.1  # of the logarithm: an update raises the weight by 11 % at most
 MOST = 1000.0  # times `reward.kl_weight`
 
 
@@ -12,8 +12,8 @@ def adapted(factor: Float[Array, ""], kl: Float[Array, ""], target: Float[Array,
 
     Like the adaptive penalty of PPO (Schulman et al. 2017), which doubles or halves the weight outside of a band around its
     target. A network here answers to a weight only after many updates, meanwhile such steps add up far beyond what is needed;
-    so the step here is the smaller the nearer the KL is to its target, and a tenth at most. A budget may be left over:
-    the weight never falls below what the configuration says.
+    so the step here is the smaller the nearer the KL is to its target, and never more than that of e times the target. A budget may
+    be left over: the weight does not fall below what the configuration says.
 
     Args:
         factor: before.

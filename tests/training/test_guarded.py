@@ -17,6 +17,7 @@ from rfl_jax.training.guard import lowered
 from rfl_jax.training.loop import METRICS
 from rfl_jax.training.rewarded import rewarded
 from tests.runs import open_run
+from tests.training.test_alarm import copied
 from tests.training.test_guards import equal, snapshot
 
 WINDOWS = {"num_inference_steps": 2, "mid_timestep": 1, "final_timestep": 1}
@@ -116,12 +117,20 @@ def test_guards_of_a_run(settings, tmp_path):
     assert (np.asarray(batch["motion"]) > 0).all()
     assert (np.asarray(batch["copying"]) > 0).all()
 
-    states, found = [snapshot(run.state)], []
-    state = run.state
+    def numbers(metrics):
+        return {name: float(x) for name, x in metrics.items() if not np.ndim(x)}
+
+    # What the clips add to the loss is their share of it.
+    second = dataclasses.replace(copied(run.state), step=jax.device_put(np.int32(1), run.state.step.sharding))
+    taught, left = (numbers(run.update(s, run.frozen, batch, key)[1]) for s in (copied(run.state), second))
+    assert taught["loss"] - left["loss"] == pytest.approx(0.25 * taught["real_loss"], rel=1e-4)
+    assert taught["face_score"] == left["face_score"]
+    assert taught["grad_norm"] != left["grad_norm"]
+
+    state, found = run.state, []
     for _ in range(4):
         state, metrics = run.update(state, run.frozen, batch, key)
-        states.append(snapshot(state))
-        found.append({name: float(x) for name, x in metrics.items() if not np.ndim(x)})
+        found.append(numbers(metrics))
     # Every second update, and no other, is taught by the clips.
     assert [np.isnan(x["real_loss"]) for x in found] == [False, True, False, True]
     for x in found:
@@ -161,6 +170,22 @@ def test_guards_of_a_run(settings, tmp_path):
             "kl_target": 1,
         }
         assert equal(snapshot(checkpoints.restore(1, without)[0]), snapshot(without))
+
+
+@pytest.mark.slow
+def test_guards_on_a_mesh_are_those_of_one_device(settings, tmp_path):
+    # The other pre-processing rounds pixels to 8 bits before detection, which rounding errors may turn.
+    smooth = {"reward.compat": "roll"}
+    results = []
+    for fsdp, context in ((1, 1), (2, 2)):
+        mesh = {"mesh.fsdp": fsdp, "mesh.context": context, "per_device_train_batch_size": 2 // fsdp}
+        run = open_run(settings(**WINDOWS, **GUARDED, **smooth, **mesh), tmp_path)
+        batch = run.inputs.batches.place_share(next(run.iterator()))
+        results.append(jax.device_get(run.update(run.state, run.frozen, batch, run.inputs.key)[1]))
+    want, found = results
+    for name in ("loss", "real_loss", "motion", "copying", "reward_share", "ceiling_fraction"):
+        np.testing.assert_allclose(found[name], want[name], rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(found["grad_norm"], want["grad_norm"], rtol=1e-3)
 
 
 def test_guards_that_are_off_leave_no_trace(settings, tmp_path):
