@@ -105,6 +105,10 @@ def test_a_rule_is_silent_about_what_cannot_be_read():
         ("frozen_weights", "int4", "int8, or empty"),
         ("frozen_activations", "int8", "empty, as frozen_weights is"),
         ("kl.every", 0, "a whole number of at least 1"),
+        ("kl.target", 0.01, "0, as reward.kl_weight is"),
+        ("kl.target", 0.02, "0, as no DiT trains"),
+        ("real.weight", 0.1, "0, as no DiT trains"),
+        ("motion.weight", 1.5, "a number from 0 to 1"),
         ("remat_policy", "some", "one of none, full, nested, save_attention, offload, or empty"),
         ("compiler_options", "fast", "NAME=VALUE separated by commas, or empty"),
         ("model_name", "wan2_1", "wan2_2"),
@@ -124,7 +128,9 @@ def test_a_rule_is_silent_about_what_cannot_be_read():
     ],
 )
 def test_refusals_tell_the_range(key, value, expected):
-    other = {"remat_policy": "none"} if key == "vae_caches" else {}
+    others = {"keep, as nothing": {"remat_policy": "none"}, "0, as reward.kl": {"reward.kl_weight": 0.0}}
+    others["0, as no DiT"] = {"trainable_models": "vae", "lora_base_model": ""}
+    (other,) = [change for reason, change in others.items() if expected.startswith(reason)] or [{}]
     with pytest.raises(UserError) as refused:
         parse(changed({key: value} | other))
     assert str(refused.value) == f"config.{key}: expected {expected}, got {value!r}"

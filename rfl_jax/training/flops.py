@@ -6,6 +6,7 @@ import numpy as np
 
 from rfl_jax.config import Config
 from rfl_jax.models.wan.config import DiTConfig
+from rfl_jax.sampling.real import trained_experts
 from rfl_jax.sampling.sampler import Sampler
 from rfl_jax.sampling.schedule import Span
 
@@ -39,17 +40,22 @@ def references(cfg: Config, span: Span) -> int:
     return (span.stop - span.start) // cfg.kl.every if span.gradient and span.expert in cfg.trained else 0
 
 
-def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, int]:
-    """How often one micro-batch takes each DiT's weights: forward, for the reference, again under remat, backward."""
-    count: dict[str, int] = {}
+def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, float]:
+    """How often one micro-batch takes each DiT's weights: forward, for the reference, again under remat, backward. Of passes
+    that not all updates have, the mean.
+    """
+    count: dict[str, float] = {}
     again = {"none": 0, "nested": 2}.get(cfg.policy, 1)
     for span in sampler.spans:
-        passes = 1
+        passes = 1.0
         if span.gradient:
             passes += again + 1
         passes = passes * (span.stop - span.start) + references(cfg, span)
         passes *= sampler.predictions(span.expert)
         count[span.expert] = count.get(span.expert, 0) + passes
+    if cfg.real.weight:
+        for expert in trained_experts(cfg, sampler):
+            count[expert] += (2 if cfg.policy == "none" else 3) / cfg.real.every
     return count
 
 
@@ -59,7 +65,8 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
     A step without gradient is a forward pass. One with gradient is one as well, another where the reference runs, and a
     backward pass: for weights that stay, as much as forward; for those that train in full, twice; for attention twice, as its
     kernels recompute the scores two and a half times. Rematerialisation executes the forward pass again, under
-    "save_attention" without its attention, under "nested" twice.
+    "save_attention" without its attention, under "nested" twice. The real-data loss is one more step with gradient for each
+    DiT that trains, unguided and without a reference, in every `real.every`-th update: its mean counts.
 
     Args:
         cfg: what trains, and how.
@@ -81,6 +88,12 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
         again = {"none": 0.0, "save_attention": one.linear, "nested": 2 * one.total}.get(cfg.policy, one.total)
         needed += passes * (forward + backward + 2 * one.attention)
         executed += passes * (forward + backward + 2.5 * one.attention + again)
+    for expert in trained_experts(cfg, sampler) if cfg.real.weight else ():
+        backward = one.linear * (2 if cfg.trains_in_full(expert) else 1)
+        # Not one of the steps that "nested" rematerialises whole.
+        again = {"none": 0.0, "save_attention": one.linear}.get(cfg.policy, one.total)
+        needed += (one.total + backward + 2 * one.attention) / cfg.real.every
+        executed += (one.total + backward + 2.5 * one.attention + again) / cfg.real.every
     return samples * needed, samples * executed
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from rfl_jax.config import Config, KLSection
+from rfl_jax.config import Config, KLSection, RealSection
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.sampling.sampler import make_sampler
@@ -38,6 +38,19 @@ def test_steps_that_are_not_compared_spare_the_reference(every):
     for a, b in zip(*(dit_flops(cfg, sampler, (21, 60, 60), 2) for cfg in (each, some)), strict=True):
         assert a - b == pytest.approx(2 * spared * dit_forward(A14B, 18_900).total)
     assert forward_passes(each, sampler)["dit2"] - forward_passes(some, sampler)["dit2"] == spared
+
+
+@pytest.mark.parametrize(("policy", "forward"), [("none", 1), ("full", 2), ("nested", 2)])
+def test_real_data_takes_one_step_with_gradient_in_the_mean_over_updates(policy, forward):
+    without = Config(remat_policy=policy)
+    each, some = (dataclasses.replace(without, real=RealSection(weight=0.1, every=every)) for every in (1, 4))
+    sampler, one = make_sampler(without), dit_forward(A14B, 18_900)
+    base, more, less = (dit_flops(cfg, sampler, (21, 60, 60), 2)[1] for cfg in (without, each, some))
+    # Forward, perhaps again, and backward: once for layers that stay, two and a half times for attention.
+    assert more - base == pytest.approx(2 * (forward * one.total + one.linear + 2.5 * one.attention))
+    assert less - base == pytest.approx((more - base) / 4)
+    reads = [forward_passes(cfg, sampler)["dit2"] for cfg in (without, each, some)]
+    assert reads[1] - reads[0] == 4 * (reads[2] - reads[0]) == forward + 1
 
 
 @pytest.mark.parametrize(
