@@ -41,16 +41,17 @@ def entry(file, name):
         return found.header_offset + 30 + len(name) + found.file_size // 2 + 64
 
 
-@pytest.mark.parametrize("damage", ["clip.npz", "noise.prefix.npz", "removed", "cut", "lacking"])
+@pytest.mark.parametrize("damage", ["clip.npz", "noise.prefix.npz", "clip.latents.npz", "removed", "cut", "lacking"])
 def test_prepared_clips_are_compared_with_their_checksums(tmp_path, damage):
     clip = PreparedClip(
         Clip(2, Path("a.mp4"), ""), epath.Path(tmp_path / "clip.npz"), (epath.Path(tmp_path / "noise.prefix.npz"),)
     )
     write_arrays(clip.file, {"y": np.ones((2, 4, 4, 8), np.float32), "pool": np.ones((5, 8), np.float32)})
-    write_arrays(clip.prefix[0], {"latents": np.ones((2, 4, 4, 8), np.float32)})
+    for file in (clip.prefix[0], clip.real_file(["latents"])):
+        write_arrays(file, {"latents": np.ones((2, 4, 4, 8), np.float32)})
 
     def batch():
-        return next(make_iterator([clip], ["y", "pool"], batch=1, seed=0, noises=1))
+        return next(make_iterator([clip], ["y", "pool"], batch=1, seed=0, noises=1, real=["latents"]))
 
     assert batch()["y"].shape == (1, 2, 4, 4, 8)
     if damage == "removed":

@@ -9,8 +9,10 @@ import pytest
 from etils import epath
 
 from rfl_jax.config import Config, MotionSection, RewardSection
+from rfl_jax.planning.abstract import make_plan
 from rfl_jax.rewards.align import TEMPLATE
 from rfl_jax.rewards.face import Score, reward_loss
+from rfl_jax.sharding import make_mesh
 from rfl_jax.training.budget import MOST, adapted
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.guard import lowered
@@ -109,8 +111,11 @@ def test_the_weight_of_the_kl_follows_its_budget():
     assert min(course[-100:]) > target / 1.5
 
 
-def test_guards_of_a_run(settings, tmp_path):
-    run = open_run(settings(**WINDOWS, **GUARDED), tmp_path)
+def test_guards_of_a_run(settings, tmp_path, clip_folder):
+    header, *rows = (clip_folder / "metadata.csv").read_text().splitlines()
+    file = tmp_path / "metadata.csv"
+    file.write_text("\n".join([header, *(f"{clip_folder}/{row}" for row in rows[:2])]) + "\n")
+    run = open_run(settings(file_name=str(file), **WINDOWS, **GUARDED), tmp_path)
     batches, key = run.inputs.batches, run.inputs.key
     batch = batches.place_share(next(run.iterator()))
     assert batch["latents"].shape == (*batch["y"].shape[:-1], run.inputs.sampler.dit.out_dim)
@@ -188,10 +193,11 @@ def test_guards_on_a_mesh_are_those_of_one_device(settings, tmp_path):
     np.testing.assert_allclose(found["grad_norm"], want["grad_norm"], rtol=1e-3)
 
 
-def test_guards_that_are_off_leave_no_trace(settings, tmp_path):
-    run = open_run(settings(**WINDOWS), tmp_path)
-    batch = run.inputs.batches.place_share(next(run.iterator()))
-    assert batch.keys() == {"clip", "noise_index", "y", "context", "pool", "prefix"}
-    state, metrics = jax.eval_shape(run.update.step, run.state, run.frozen, batch, run.inputs.key)
+def test_guards_that_are_off_leave_no_trace(settings):
+    cfg = settings(**WINDOWS)
+    plan = make_plan(cfg, make_mesh(dataclasses.asdict(cfg.mesh), jax.devices()[:1]))
+    with jax.set_mesh(plan.mesh):
+        state, metrics = jax.eval_shape(plan.step, *plan.args)
+    assert plan.args[2].keys() == {"clip", "noise_index", "y", "context", "pool", "prefix"}
     assert metrics.keys() == {*METRICS, "finite", "video"}
     assert state.factors.keys() == {"learning_rate", "kl"}
