@@ -50,7 +50,7 @@ def gradient(cfg, score, batch):
         loss, metrics = rewarded(cfg, dataclasses.replace(score, score=values), batch)
         return jnp.sum(loss), (loss, metrics)
 
-    (_, (loss, metrics)), slope = jax.value_and_grad(total, has_aux=True)(score.score)
+    (_, (loss, metrics)), slope = jax.jit(jax.value_and_grad(total, has_aux=True))(score.score)
     return np.asarray(loss), np.asarray(slope), metrics
 
 
