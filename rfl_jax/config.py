@@ -25,6 +25,7 @@ from rfl_jax.settings import (
     Listed,
     MultipleOf,
     Names,
+    Numbers,
     OneOf,
     Pairs,
     Setting,
@@ -83,6 +84,28 @@ class KLSection:
         AtLeast(1),
         "Of so many denoising steps with gradient a random one is compared with the reference, for all of them; 1: each.",
     ] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowSection:
+    """Which of the denoising steps from `mid_timestep` to `final_timestep` carry gradient, and how."""
+
+    mode: Annotated[
+        Literal["last", "random", "uniform", "list"],
+        "The last window.steps of them; as many at random, others each update; as many evenly spaced; those in window.list.",
+    ] = "last"
+    steps: Annotated[
+        int, AtLeast(0), "Steps that carry gradient; 0: all of them, with last, or those in window.list."
+    ] = 0
+    list: Annotated[Names, Numbers(), "Steps that carry gradient, counted from 0, with mode list."] = ()
+    stop_input_gradient: Annotated[
+        bool,
+        "Cut the latents off before the network in every step: each velocity has gradient, none goes through two (DRTune).",
+    ] = False
+    direct: Annotated[
+        bool,
+        "Sample without gradient, add known noise, differentiate one step from there and remove the noise left (Direct-Align).",
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,6 +339,7 @@ class Config(Original):
     mesh: MeshSection = MeshSection()
     reward: RewardSection = RewardSection()
     kl: KLSection = KLSection()
+    window: WindowSection = WindowSection()
     noise: NoiseSection = NoiseSection()
     sampling: SamplingSection = SamplingSection()
     data: DataSection = DataSection()
@@ -425,6 +449,32 @@ RULES = (
         ("min_timestep_boundary", "max_timestep_boundary"),
         lambda cfg: cfg.min_timestep_boundary <= cfg.max_timestep_boundary,
         BOUNDARIES.text,
+    ),
+    Rule(
+        ("window.list", "window.mode"),
+        lambda cfg: (cfg.window.mode == "list") == bool(cfg.window.list),
+        lambda cfg: (
+            "numbers of steps, as window.mode is list" if not cfg.window.list else "empty, unless window.mode is list"
+        ),
+    ),
+    Rule(
+        ("window.steps", "window.mode"),
+        lambda cfg: cfg.window.mode == "last" or (cfg.window.mode == "list") == (cfg.window.steps == 0),
+        lambda cfg: (
+            "0, as window.list tells the steps"
+            if cfg.window.steps
+            else f"at least 1, as window.mode is {cfg.window.mode}"
+        ),
+    ),
+    Rule(
+        ("window.direct", "window.steps", "window.list", "window.mode"),
+        lambda cfg: not cfg.window.direct or max(cfg.window.steps, len(cfg.window.list)) == 1,
+        "false, unless window.steps is 1 or window.list one number",
+    ),
+    Rule(
+        ("window.stop_input_gradient", "window.direct"),
+        lambda cfg: not (cfg.window.stop_input_gradient and cfg.window.direct),
+        "false, as window.direct takes one step",
     ),
     Rule(
         ("extra_inputs",),

@@ -13,11 +13,10 @@ from jax import Array
 from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config
 from rfl_jax.networks.parts import Frozen, Networks, States
-from rfl_jax.remat import steps_options
 from rfl_jax.rewards.face import reward_loss
+from rfl_jax.sampling.denoise import denoise
 from rfl_jax.sampling.phases import phase_scope
-from rfl_jax.sampling.rollout import rollout
-from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, compared_steps, latent_shape, start_noise
+from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
 from rfl_jax.training.finite import finite_gradients, finite_weights
 from rfl_jax.training.state import TrainState, follow
 
@@ -45,16 +44,15 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
         if start is None:
             shape = latent_shape(sampler, batch)
             start = start_noise(key, batch["clip"], batch["noise_index"], shape, cfg.noise.mode)
-        compared = compared_steps(cfg, sampler, key, update, batch["clip"])
-        options = steps_options(cfg.policy)
-        out = rollout(experts, start, sampler.sigmas, sampler.spans, keep=keep, compared=compared, **options)
+        told = {"key": key, "update": update, "clips": batch["clip"]}
+        latents, kls = denoise(cfg, sampler, experts, keep, start, **told)
         with phase_scope("vae"):
-            video = networks.build("vae", params, frozen).decode(out.latents)
+            video = networks.build("vae", params, frozen).decode(latents)
         with phase_scope("reward"):
             score = networks.build("reward", params, frozen)(video, batch["pool"])
         # Samples without a face say nothing: no reward and no gradient of it.
         rewarded = jnp.where(score.valid, reward_loss(score.score), 0.0)
-        kl = jnp.mean(out.kl)
+        kl = jnp.mean(kls)
         value = cfg.reward.weight * jnp.mean(rewarded) + cfg.reward.kl_weight * kl_factor * kl
         count = jnp.sum(score.valid)
         metrics = {
