@@ -71,6 +71,11 @@ class RewardSection(RewardConfig):
     use_first_frame: Annotated[
         bool, "Whether the real clip's first frame, which the network is given, counts among its faces."
     ] = RewardConfig.use_first_frame
+    frames: Annotated[
+        int,
+        AtLeast(0),
+        "Latent frames that are decoded with gradient and scored: others in a row each update, never the first; 0: all.",
+    ] = 0
     weight: Annotated[float, "Factor of the face reward in the loss."] = 1.0
     kl_weight: Annotated[float, AtLeast(0), "Factor of the KL to the untrained network in the loss."] = 1.0
 
@@ -475,6 +480,11 @@ RULES = (
         ("window.stop_input_gradient", "window.direct"),
         lambda cfg: not (cfg.window.stop_input_gradient and cfg.window.direct),
         "false, as window.direct takes one step",
+    ),
+    Rule(
+        ("reward.frames", "data.num_frames"),
+        lambda cfg: cfg.reward.frames <= cfg.data.num_frames // 4,
+        lambda cfg: f"at most {cfg.data.num_frames // 4}, as data.num_frames is {cfg.data.num_frames}",
     ),
     Rule(
         ("extra_inputs",),

@@ -64,6 +64,13 @@ def taken(cfg: Config, sampler: Sampler) -> list[Taken]:
     return found
 
 
+def decoded_frames(cfg: Config, latents: int) -> tuple[float, int]:
+    """Latent frames of a video that are decoded without gradient, in the mean over updates, and with."""
+    scored = cfg.reward.frames if 0 < cfg.reward.frames < latents else latents
+    # A window begins at the second latent frame or later, wherever it has room.
+    return 0.0 if scored == latents else (1 + latents - scored) / 2, scored
+
+
 def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, float]:
     """How often one micro-batch takes each DiT's weights: forward, for the reference, again under remat, backward."""
     count: dict[str, float] = {}

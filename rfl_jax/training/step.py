@@ -12,11 +12,13 @@ from jax import Array
 
 from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config
+from rfl_jax.models.wan.vae import VAE
 from rfl_jax.networks.parts import Frozen, Networks, States
 from rfl_jax.rewards.face import reward_loss
 from rfl_jax.sampling.denoise import denoise
 from rfl_jax.sampling.phases import phase_scope
 from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
+from rfl_jax.sampling.window import draw_frames
 from rfl_jax.training.finite import finite_gradients, finite_weights
 from rfl_jax.training.state import TrainState, follow
 
@@ -47,7 +49,7 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
         told = {"key": key, "update": update, "clips": batch["clip"]}
         latents, kls = denoise(cfg, sampler, experts, keep, start, **told)
         with phase_scope("vae"):
-            video = networks.build("vae", params, frozen).decode(latents)
+            video = decode_scored(cfg, networks.build("vae", params, frozen), latents, key, update)
         with phase_scope("reward"):
             score = networks.build("reward", params, frozen)(video, batch["pool"])
         # Samples without a face say nothing: no reward and no gradient of it.
@@ -66,6 +68,14 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
         return value, metrics
 
     return loss
+
+
+def decode_scored(cfg: Config, vae: VAE, latents: Array, key: Array, update: Array | int) -> Array:
+    """The video that is scored: all of it, or the frames of `reward.frames` latent ones where there are more."""
+    count, of = cfg.reward.frames, latents.shape[1]
+    if not 0 < count < of:
+        return vae.decode(latents)
+    return vae.decode_window(latents, draw_frames(key, update, count, of), count)
 
 
 def accumulate(grad: Callable[..., Any], batch: Batch, like: States) -> tuple[States, Metrics]:

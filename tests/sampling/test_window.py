@@ -135,6 +135,21 @@ def test_the_mean_over_all_draws_is_the_gradient_of_all_steps_apart(count, separ
     assert np.ptp(found, 0).min() > 0
 
 
+def test_pairs_of_drawn_steps_count_less():
+    # Of three steps two: each step's own gradient in full, what goes through two of them N (K - 1) / (K (N - 1)) = 3/4 times.
+    span = Span("dit2", 5, 8, gradient=True)
+    spans = (*SPANS[:1], Span("dit2", 3, 5, gradient=False), span)
+    draws = list(itertools.combinations(range(5, 8), 2))
+    some = jax.jit(lambda drawn: jax.grad(lambda w: loss(w, spans, drawn={span: drawn})[0])(0.7))
+    apart = gradients(spans, separate=True)[0]
+    fixed = [plan_spans(SIGMAS, boundary=0.9, mid=5, final=7, among=draw) for draw in draws]
+    # Each step is in two of the draws, each pair in one.
+    pairs = sum(gradients(one)[0] for one in fixed) - 2 * apart
+    assert abs(pairs) > 0.01 * abs(apart)
+    found = np.mean([some(jnp.array(draw)) for draw in draws])
+    np.testing.assert_allclose(found, apart + 0.75 * pairs, rtol=1e-5)
+
+
 def test_drawn_steps_change_no_value_and_those_between_hand_the_gradient_on():
     drawn = jnp.array([4, 6])
     value, kl = jax.jit(lambda w: loss(w, drawn={SPAN: drawn}))(0.7)
