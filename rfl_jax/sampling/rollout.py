@@ -165,10 +165,11 @@ def _drawn_steps(
 
     def between(x: Latents, first: Array | int, end: Array | int) -> Latents:
         def one(i: Array, x: Latents) -> Latents:
-            return still(x, (steps[0][i], steps[1][i]))[0]
+            return still(x, (steps[0][first + i], steps[1][first + i]))[0]
 
+        # Counted from 0, as `plan` takes a loop that compares with a constant to begin there.
         with phase_scope("no_grad_steps"):
-            return _handed_on(x, jax.lax.fori_loop(first, end, one, jax.lax.stop_gradient(x)), keep)
+            return _handed_on(x, jax.lax.fori_loop(0, end - first, one, jax.lax.stop_gradient(x)), keep)
 
     def turn(carry: tuple[Latents, Array], i: Array) -> tuple[tuple[Latents, Array], Any]:
         x = between(*carry, i)
