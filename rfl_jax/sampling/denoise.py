@@ -81,9 +81,9 @@ def align_directly(
 ) -> tuple[Latents, Float[Array, "1 b"]]:
     """Direct-Align: the clean latents again, differentiable through one denoising step at whatever noise.
 
-    From x = (1 - s) clean + s noise the step goes to the next noise level r, x + (r - s) v(x). Of what is reached the known noise
-    is subtracted, (x + (r - s) v - r noise) / (1 - r): which is clean + (r - s) / (1 - r) (v - (noise - clean)), so that a
-    network that predicts noise - clean gives the clean latents back, and an error at high noise is not magnified.
+    From x = (1 - s) clean + s noise the step goes to the next noise level r, x + (r - s) v(x). From what is reached the
+    known noise is subtracted, (x + (r - s) v - r noise) / (1 - r): which is clean + (r - s) / (1 - r) (v - (noise - clean)).
+    A network that predicts noise - clean gives the clean latents back, and an error at high noise is not magnified.
 
     Args:
         experts: with a batch's conditioning.

@@ -1,5 +1,5 @@
-"""What of sampling is fixed before anything runs: noise levels, which network takes which steps, which of them have gradient,
-guidance; and the networks with a batch's conditioning bound to them.
+"""What of sampling is fixed before anything runs: noise levels, which network takes which steps, which of them have
+gradient, guidance; and the networks with a batch's conditioning bound to them.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ class Sampler:
         spans: which network takes which steps.
         guidance: classifier-free guidance scale of each expert; 1 is none.
         drawn: of spans of which only so many steps have gradient, others in each update, how many.
-        direct: where the gradient is that of one step from known noise, and the spans have none: the steps it can be, each as
-            likely in an update as another.
+        direct: where the gradient is that of one step from known noise, and the spans have none: the steps it can be, each
+            as likely in an update as another.
         separate: whether each step's gradient stays its own, as `rollout` says.
         rounds_inputs: whether int8 weights meet int8 inputs where nothing is differentiated: in spans without gradient
             and in the KL's reference.
@@ -78,8 +78,8 @@ def make_sampler(cfg: Config) -> Sampler:
     """All steps of an update.
 
     Raises:
-        UserError: a trained DiT that no step with gradient uses, a window that is none of these steps, or groups of steps that
-            do not fill its steps.
+        UserError: a trained DiT that no step with gradient uses, a window of other steps, or groups of steps that do not
+            fill its steps.
     """
     dit = DIT_PRESETS[cfg.preset]
     sigmas = make_sigmas(cfg.num_inference_steps, cfg.sampling.shift)
