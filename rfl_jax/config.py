@@ -78,6 +78,9 @@ class RewardSection(RewardConfig):
     ] = 0
     weight: Annotated[float, "Factor of the face reward in the loss."] = 1.0
     kl_weight: Annotated[float, AtLeast(0), "Factor of the KL to the untrained network in the loss."] = 1.0
+    ceiling: Annotated[
+        bool, "No gradient of a score beyond what the real clip's own faces score against each other."
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,35 @@ class KLSection:
         AtLeast(1),
         "Of so many denoising steps with gradient a random one is compared with the reference, for all of them; 1: each.",
     ] = 1
+    target: Annotated[
+        float,
+        AtLeast(0),
+        "Budget of the KL, whose weight grows while it is above, by 11 % an update at most, and falls back below; 0: none.",
+    ] = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RealSection:
+    """The real-data loss: flow matching on the real clips' own latents, by the DiTs that train."""
+
+    weight: Annotated[float, AtLeast(0), "Factor of the real-data loss; 0: none."] = 0.0
+    every: Annotated[int, AtLeast(1), "Optimizer updates of which one has the real-data loss."] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MotionSection:
+    """What is taken from the reward of a video that stands still where the real clip moves."""
+
+    weight: Annotated[
+        float,
+        Within(0, 1),
+        "Share of its reward that a video without motion loses, less as it moves up to as much as the real clip; 0: none.",
+    ] = 0.0
+    copy_weight: Annotated[
+        float,
+        Within(0, 1),
+        "Share that a video loses which only repeats its first frame, less down to the real clip's copying; 0: none.",
+    ] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,6 +376,8 @@ class Config(Original):
     mesh: MeshSection = MeshSection()
     reward: RewardSection = RewardSection()
     kl: KLSection = KLSection()
+    real: RealSection = RealSection()
+    motion: MotionSection = MotionSection()
     window: WindowSection = WindowSection()
     noise: NoiseSection = NoiseSection()
     sampling: SamplingSection = SamplingSection()
@@ -359,10 +393,21 @@ class Config(Original):
         return self.eval_every > 0 and bool(self.eval.file_name)
 
     @property
+    def real_arrays(self) -> Names:
+        """Arrays of the real clips that are prepared for guards alone: "latents", "motion", "copying"."""
+        asked = {"latents": self.real.weight, "motion": self.motion.weight, "copying": self.motion.copy_weight}
+        return tuple(name for name, weight in asked.items() if weight)
+
+    @property
     def trained(self) -> Names:
         """Networks that train, in full or by adapters."""
         named = {*self.trainable_models, *self.lora_base_model}
         return tuple(name for name in TRAINABLE if name in named)
+
+    @property
+    def trains_dit(self) -> bool:
+        """Whether any DiT trains, in full or by adapters."""
+        return not {"dit", "dit2"}.isdisjoint(self.trained)
 
     @property
     def adapted(self) -> Names:
@@ -487,6 +532,11 @@ RULES = (
         lambda cfg: f"at most {cfg.data.num_frames // 4}, as data.num_frames is {cfg.data.num_frames}",
     ),
     Rule(
+        ("reward.frames", "motion.copy_weight"),
+        lambda cfg: not (cfg.reward.frames and cfg.motion.copy_weight),
+        "0, as motion.copy_weight compares with the first frame",
+    ),
+    Rule(
         ("extra_inputs",),
         lambda cfg: "input_image" in cfg.extra_inputs,
         "input_image or input_image,end_image",
@@ -500,6 +550,21 @@ RULES = (
         ("mesh.data", "mesh.fsdp", "mesh.context"),
         lambda cfg: dataclasses.astuple(cfg.mesh).count(-1) <= 1,
         "at most one axis of -1",
+    ),
+    Rule(
+        ("kl.target", "reward.kl_weight"),
+        lambda cfg: not cfg.kl.target or cfg.reward.kl_weight > 0,
+        "0, as reward.kl_weight is",
+    ),
+    Rule(
+        ("kl.target", "trainable_models", "lora_base_model"),
+        lambda cfg: not cfg.kl.target or cfg.trains_dit,
+        "0, as no DiT trains",
+    ),
+    Rule(
+        ("real.weight", "trainable_models", "lora_base_model"),
+        lambda cfg: not cfg.real.weight or cfg.trains_dit,
+        "0, as no DiT trains",
     ),
     Rule(
         ("guard.on_alarm", "eval_every", "eval.file_name"),

@@ -24,7 +24,7 @@ install_import_hook(["rfl_jax", "convert"], "beartype.beartype")
 
 import jax  # noqa: E402
 
-pytest_plugins = ["tests.runs"]
+pytest_plugins = ["tests.documentation", "tests.runs"]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -67,3 +68,16 @@ def ours(words: list[str]) -> tuple[str, list[str]] | None:
     if not (python and words[1:2] == ["-m"] and OURS.match(words[2])):
         return None
     return words[2], words[3:]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder like a clone's, and what the pages take to be yours."""
+    from tests.test_config import ROLL
+
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name != "runs":
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "reward_fl_config.yaml").write_text(ROLL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

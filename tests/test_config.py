@@ -105,6 +105,10 @@ def test_a_rule_is_silent_about_what_cannot_be_read():
         ("frozen_weights", "int4", "int8, or empty"),
         ("frozen_activations", "int8", "empty, as frozen_weights is"),
         ("kl.every", 0, "a whole number of at least 1"),
+        ("kl.target", 0.01, "0, as reward.kl_weight is"),
+        ("kl.target", 0.02, "0, as no DiT trains"),
+        ("real.weight", 0.1, "0, as no DiT trains"),
+        ("motion.weight", 1.5, "a number from 0 to 1"),
         ("window.mode", "first", "one of last, random, uniform, list"),
         ("window.list", "4,six", "whole numbers of at least 0 separated by commas, or empty"),
         ("window.list", "4", "empty, unless window.mode is list"),
@@ -129,7 +133,9 @@ def test_a_rule_is_silent_about_what_cannot_be_read():
     ],
 )
 def test_refusals_tell_the_range(key, value, expected):
-    other = {"remat_policy": "none"} if key == "vae_caches" else {}
+    others = {"keep, as nothing": {"remat_policy": "none"}, "0, as reward.kl": {"reward.kl_weight": 0.0}}
+    others["0, as no DiT"] = {"trainable_models": "vae", "lora_base_model": ""}
+    (other,) = [change for reason, change in others.items() if expected.startswith(reason)] or [{}]
     with pytest.raises(UserError) as refused:
         parse(changed({key: value} | other))
     assert str(refused.value) == f"config.{key}: expected {expected}, got {value!r}"
@@ -138,18 +144,25 @@ def test_refusals_tell_the_range(key, value, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mode": "list"}, "window.list: expected numbers of steps, as window.mode is list, got ''"),
-        ({"mode": "list", "list": "4", "steps": 1}, "window.steps: expected 0, as window.list tells the steps, got 1"),
-        ({"mode": "random"}, "window.steps: expected at least 1, as window.mode is random, got 0"),
+        ({"window.mode": "list"}, "window.list: expected numbers of steps, as window.mode is list, got ''"),
         (
-            {"steps": 1, "direct": True, "stop_input_gradient": True},
+            {"window.mode": "list", "window.list": "4", "window.steps": 1},
+            "window.steps: expected 0, as window.list tells the steps, got 1",
+        ),
+        ({"window.mode": "random"}, "window.steps: expected at least 1, as window.mode is random, got 0"),
+        (
+            {"window.steps": 1, "window.direct": True, "window.stop_input_gradient": True},
             "window.stop_input_gradient: expected false, as window.direct takes one step, got True",
+        ),
+        (
+            {"reward.frames": 2, "motion.copy_weight": 0.5},
+            "reward.frames: expected 0, as motion.copy_weight compares with the first frame, got 2",
         ),
     ],
 )
 def test_settings_of_a_window_that_contradict_each_other_are_refused(changes, message):
     with pytest.raises(UserError) as refused:
-        parse(changed({f"window.{key}": value for key, value in changes.items()}))
+        parse(changed(changes))
     assert str(refused.value) == f"config.{message}"
 
 

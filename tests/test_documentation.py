@@ -16,7 +16,6 @@ from rfl_jax.config import parse
 from rfl_jax.data.videos import first_frame
 from tests import COMPILER
 from tests.documentation import PAGES, ROOT, blocks, commands, ours
-from tests.test_config import ROLL
 
 # How ml_collections opens a config file.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -46,17 +45,6 @@ SHORT = (
 
 class ParsedError(BaseException):
     """In place of what a command does once its arguments are read."""
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder like a clone's, and what the pages take to be yours."""
-    for path in ROOT.iterdir():
-        if not path.name.startswith(".") and path.name != "runs":
-            (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "reward_fl_config.yaml").write_text(ROLL)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def read_arguments(module, arguments, monkeypatch):

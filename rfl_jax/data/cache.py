@@ -1,10 +1,10 @@
-"""Prepared clips as files: one npz a clip, one for each of its noises after the frozen prefix."""
+"""Prepared clips as files: one npz a clip, one for each of its noises after the frozen prefix, one for guards that ask for it."""
 
 import contextlib
 import dataclasses
 import io
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -33,6 +33,14 @@ class PreparedClip:
     def load(self, names: Collection[str] = ()) -> ClipArrays:
         """Its arrays, those of these names among them; raises as `read_arrays` does."""
         return read_arrays(self.file, names)
+
+    def load_real(self, names: Sequence[str]) -> ClipArrays:
+        """These arrays for guards, see `ClipEncoder.encode_real`; raises as `read_arrays` does."""
+        return read_arrays(self.real_file(names), names) if names else {}
+
+    def real_file(self, names: Sequence[str]) -> epath.Path:
+        """The npz of these arrays. It is beside the clip's own, which stays what it is whatever guards ask for."""
+        return self.file.parent / f"{self.file.stem}.{'_'.join(names)}.npz"
 
     def load_prefix(self, index: int) -> np.ndarray:
         """Latents [t, h, w, c] of one noise."""

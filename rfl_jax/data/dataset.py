@@ -36,6 +36,7 @@ def make_iterator(
     batch: int,
     seed: int,
     noises: int,
+    real: Sequence[str] = (),
     share: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """An endless iterator over batches of this process's share; its state can be saved.
@@ -47,6 +48,7 @@ def make_iterator(
         batch: clips a process takes each time.
         seed: of the order, which differs from epoch to epoch.
         noises: a clip's noises, after which the first comes again; 0: never.
+        real: arrays that a batch has for guards.
         share: number of this process's part of every batch, and the number of parts.
     """
 
@@ -56,7 +58,7 @@ def make_iterator(
         clip = clips[number]
         values = clip.load(names)
         arrays = {"clip": np.array(number, np.int32), "noise_index": np.array(index, np.int32)}
-        arrays |= {name: values[name] for name in names}
+        arrays |= {name: values[name] for name in names} | clip.load_real(real)
         return arrays | ({"prefix": clip.load_prefix(index)} if clip.prefix else {})
 
     dataset = grain.MapDataset.source(range(len(clips))).seed(seed).shuffle().repeat(EPOCHS)

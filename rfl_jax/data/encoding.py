@@ -1,7 +1,7 @@
 """From a clip and its caption to the arrays that training takes: text features, conditioning, face pools."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,12 @@ from rfl_jax.data.text import PromptTokenizer
 from rfl_jax.hosts import is_writer
 from rfl_jax.models.wan.conditioning import conditioning_of
 from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.models.wan.vae import VAE
 from rfl_jax.networks.check import check_trainable
 from rfl_jax.networks.faces import open_judge, open_reward
 from rfl_jax.networks.table import open_network
+from rfl_jax.rewards.face import FaceReward
+from rfl_jax.rewards.motion import copying, motion
 from rfl_jax.sources import Sources
 from rfl_jax.terminal import waiting
 
@@ -56,13 +59,33 @@ class ClipEncoder:
             arrays = {name: np.asarray(x.astype(jnp.float32)) for name, x in self._encode(video, ids, mask).items()}
         return {"ids": ids[0], "mask": mask[0], **arrays}
 
+    def encode_real(self, video: np.ndarray, names: Sequence[str]) -> ClipArrays:
+        """What guards compare with.
+
+        Args:
+            video: [t, h, w, 3] in [-1, 1].
+            names: of these: "latents" [t', h', w', c] of the whole clip; "motion", in pixels, and "copying", both [], as
+                `rfl_jax.rewards.motion` has them.
+        """
+        first = "_encode_real" not in vars(self)
+        with waiting("compile the encoding of whole clips", show=first and is_writer()):
+            return {name: np.asarray(x) for name, x in self._encode_real(video, tuple(names)).items()}
+
+    @functools.cached_property
+    def _vae(self) -> VAE:
+        return open_network(self.cfg, "vae", self.sources.vae, "prepare")
+
+    @functools.cached_property
+    def _reward(self) -> FaceReward:
+        return open_reward(self.cfg, self.sources.reward)
+
     @functools.cached_property
     def _encode(self) -> Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, jax.Array]]:
         cfg = self.cfg
         networks: dict[str, Any] = {
             "text": open_network(cfg, "text_encoder", self.sources.text_encoder, "prepare"),
-            "vae": open_network(cfg, "vae", self.sources.vae, "prepare"),
-            "reward": open_reward(cfg, self.sources.reward),
+            "vae": self._vae,
+            "reward": self._reward,
         }
         if self.judge:
             networks["judge"] = open_judge(cfg, networks["reward"], self.judge)
@@ -82,6 +105,22 @@ class ClipEncoder:
             if "judge" in networks:
                 out["judge_pool"], _ = networks["judge"].pool(video)
             return out
+
+        return functools.partial(encode, weights)
+
+    @functools.cached_property
+    def _encode_real(self) -> Callable[[np.ndarray, tuple[str, ...]], dict[str, jax.Array]]:
+        graph, weights = nnx.split({"vae": self._vae, "reward": self._reward})
+
+        @functools.partial(jax.jit, static_argnums=2)
+        def encode(weights: nnx.State, video: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
+            networks = nnx.merge(graph, weights)
+            out = {}
+            if "latents" in names:
+                out["latents"] = networks["vae"].encode(video[None])[0]
+            kps, _, found = networks["reward"].find(video)
+            measures = {"motion": motion, "copying": copying}
+            return out | {name: measures[name](kps[None], found[None])[0] for name in names if name in measures}
 
         return functools.partial(encode, weights)
 

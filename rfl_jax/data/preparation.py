@@ -36,7 +36,7 @@ class Clips:
 
 
 def prepare_clips(
-    encoder: ClipEncoder, clips: Sequence[Clip], cache: epath.Path, *, listed_in: str
+    encoder: ClipEncoder, clips: Sequence[Clip], cache: epath.Path, *, listed_in: str, real: Sequence[str] = ()
 ) -> list[PreparedClip]:
     """Encodes clips, taking from the cache what is there.
 
@@ -45,6 +45,7 @@ def prepare_clips(
         clips: rows of a csv.
         cache: folder of prepared clips.
         listed_in: the csv, for messages.
+        real: arrays of `ClipEncoder.encode_real` that each clip has as well.
 
     Raises:
         UserError: an unusable row under `data.on_bad_row=error`, or none that is usable.
@@ -58,7 +59,7 @@ def prepare_clips(
     errors: dict[int, str] = {}
     for clip in tqdm(clips[part::parts], desc="prepare", disable=None):
         try:
-            found[clip.number] = _prepare(encoder, clip, cache, settings)
+            found[clip.number] = _prepare(encoder, clip, cache, settings, real)
         except UserError as error:
             errors[clip.number] = str(error)
             if strict:
@@ -79,16 +80,22 @@ def prepare_clips(
     return prepared
 
 
-def _prepare(encoder: ClipEncoder, clip: Clip, cache: epath.Path, settings: str) -> str:
-    """The name of a clip's file, which is written if it is not there."""
-    file = cache / f"{_clip_hash(settings, clip)}.npz"
-    if not file.exists():
-        video = read_clip(clip.video, **clip_settings(encoder.cfg))
+def _prepare(encoder: ClipEncoder, clip: Clip, cache: epath.Path, settings: str, real: Sequence[str]) -> str:
+    """The name of a clip's file. It is written if it is not there, and so is the one beside it with the arrays of `real`."""
+    prepared = PreparedClip(clip, cache / f"{_clip_hash(settings, clip)}.npz")
+    missing = not prepared.file.exists()
+    missing_real = bool(real) and not prepared.real_file(real).exists()
+    if not missing and not missing_real:
+        return prepared.file.name
+    video = read_clip(clip.video, **clip_settings(encoder.cfg))
+    if missing:
         arrays = encoder.encode(video, clip.prompt)
         if not arrays.pop("found")[0]:
             raise UserError(f"{clip.video}: no face in the first frame")
-        write_arrays(file, arrays)
-    return file.name
+        write_arrays(prepared.file, arrays)
+    if missing_real:
+        write_arrays(prepared.real_file(real), encoder.encode_real(video, real))
+    return prepared.file.name
 
 
 def _settings(encoder: ClipEncoder) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from rfl_jax.rewards.motion import EXPRESSION_SCALE, POSE_SCALE
+
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
@@ -31,10 +33,6 @@ MEASURES = {
     "flicker": Measure("temporal flicker", "lower", "of 255"),
     "sharpness": Measure("sharpness", "higher"),
 }
-
-# Displacements, in sizes of the face, at which the similarity to the first frame has fallen to 1/e: a fifth of the
-# face's size for where it is and how it is turned in the picture, a twentieth for its points among each other.
-POSE_SCALE, EXPRESSION_SCALE = 0.2, 0.05
 
 
 @dataclasses.dataclass(frozen=True)

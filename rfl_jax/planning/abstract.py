@@ -178,6 +178,8 @@ def _batch(
         "y": _of_samples(cfg, mesh, *latents, conditioning.channels),
         "pool": _of_samples(cfg, mesh, *pool),
     }
+    real = {"latents": (*latents, dit.out_dim), "motion": (), "copying": ()}
+    batch |= {name: _of_samples(cfg, mesh, *real[name]) for name in cfg.real_arrays}
     if "text_encoder" in cfg.trained:
         batch |= {name: _of_samples(cfg, mesh, dit.text_len, dtype=jnp.int32) for name in ("ids", "mask")}
     else:

@@ -58,15 +58,16 @@ class Score:
 jax.tree_util.register_dataclass(Score, ["score", "per_frame", "mask", "kps", "boxes", "valid"], [])
 
 
+def unit(x: Float[Array, "b n e"]) -> Float[Array, "b n e"]:
+    """Rows of length 1; rows of zeros stay."""
+    square = jnp.sum(x * x, -1, keepdims=True)
+    return x * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+
+
 def cosine_with_pool(
     embeddings: Float[Array, "b t e"], pool: Float[Array, "b g e"], pool_mask: Bool[Array, "b g"]
 ) -> Float[Array, "b t"]:
     """Mean cosine of each embedding with the pool's valid rows; 0 where a row or the whole pool is empty."""
-
-    def unit(x: Float[Array, "b n e"]) -> Float[Array, "b n e"]:
-        square = jnp.sum(x * x, -1, keepdims=True)
-        return x * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
-
     cosines = jnp.einsum("bte,bge->btg", unit(embeddings), unit(pool), precision=jax.lax.Precision.HIGHEST)
     counts = jnp.sum(pool_mask, -1)[:, None]
     return jnp.sum(cosines * pool_mask[:, None], -1) / jnp.maximum(counts, 1)
@@ -76,6 +77,17 @@ def usable_pool(pool: Float[Array, "b g e"], *, use_first_frame: bool = False) -
     """Rows of a pool that count: those that are not all zero and, by default, not the first frame's."""
     mask = jnp.any(pool != 0, -1)
     return mask if use_first_frame else mask.at[:, 0].set(False)
+
+
+def real_agreement(pool: Float[Array, "b g e"], pool_mask: Bool[Array, "b g"]) -> Float[Array, " b"]:
+    """What real clips score against their own faces: the mean over a pool's valid rows of each row's mean cosine with the
+    other ones; infinite for a pool of fewer than two.
+    """
+    rows = unit(pool) * pool_mask[..., None]
+    count = jnp.sum(pool_mask, -1)
+    # Of all pairs' cosines, which make up the square of the rows' sum, those of a row with itself are 1.
+    pairs = jnp.sum(jnp.sum(rows, 1) ** 2, -1) - count
+    return jnp.where(count > 1, pairs / jnp.maximum(count * (count - 1), 1), jnp.inf)
 
 
 def reward_loss(score: Float[Array, "*b"]) -> Float[Array, "*b"]:

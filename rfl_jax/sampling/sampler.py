@@ -142,7 +142,8 @@ def _check_groups(cfg: Config, sampler: Sampler) -> None:
 
 def compared_spans(cfg: Config, sampler: Sampler) -> tuple[Span, ...]:
     """The steps whose velocity has a reference: those with gradient of networks that train."""
-    return tuple(span for span in sampler.spans if span.gradient and span.expert in cfg.trained)
+    steps = (*sampler.spans, *sampler.direct)
+    return tuple(span for span in steps if span.gradient and span.expert in cfg.trained)
 
 
 def compared_steps(

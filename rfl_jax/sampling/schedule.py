@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -9,10 +10,14 @@ from jaxtyping import Float
 TRAIN_TIMESTEPS = 1000
 
 
+def shifted(s: Any, shift: float) -> Any:
+    """Noise levels of evenly spaced ones, numbers or arrays in 0..1: shift*s / (1 + (shift-1)*s)."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
 def make_sigmas(steps: int, shift: float) -> Float[np.ndarray, " n"]:
-    """`steps + 1` noise levels from 1 to 0 (ROLL reward_fl/euler.py): s = linspace(1, 0), shift*s / (1 + (shift-1)*s)."""
-    s = np.linspace(1.0, 0.0, steps + 1)
-    return (shift * s / (1 + (shift - 1) * s)).astype(np.float32)
+    """`steps + 1` noise levels from 1 to 0 (ROLL reward_fl/euler.py): `shifted` linspace(1, 0)."""
+    return shifted(np.linspace(1.0, 0.0, steps + 1), shift).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ MAY_CHANGE = (
     # How long and how fast it learns, and from what.
     *("learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "max_grad_norm", "max_bad_steps"),
     *("num_train_epochs", "max_steps", "early_stop", "reward.weight", "reward.kl_weight", "kl.every"),
+    *("kl.target", "reward.ceiling", "real.weight", "real.every", "motion.weight", "motion.copy_weight"),
     "noise.per_sample",
     *("file_name", "data.on_bad_row", "data.cache_dir", "noise.prefix_cache"),
     # Where weights come from. Those that a run begins with are not looked at again.

@@ -80,8 +80,8 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, np.ndarray, dict[str, Any]]:
         """State with the shapes and shardings of `like`, the random key's data, and the place that it was saved with.
 
-        An average that the checkpoint has not begins at its weights, one that `like` has not is left out. Earlier
-        releases saved no factors: they were 1.
+        An average that the checkpoint has not begins at its weights, one that `like` has not is left out. A factor that it
+        has not is that of `like`: earlier releases saved none.
 
         Raises:
             UserError: the checkpoint does not fit the configuration.
@@ -93,7 +93,12 @@ class Checkpoints:
             both = tree.keys() & abstract.keys()
             optional = {"average", "factors"} - both
             abstract = {name: part for name, part in abstract.items() if name not in optional}
-            found = _shapes({name: part for name, part in tree.items() if name not in optional})
+            tree = {name: part for name, part in tree.items() if name not in optional}
+            if "factors" in tree:
+                known = tree["factors"].keys() & abstract["factors"].keys()
+                for parts in (tree, abstract):
+                    parts["factors"] = {name: parts["factors"][name] for name in sorted(known)}
+            found = _shapes(tree)
         expected = _shapes(abstract)
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
@@ -112,7 +117,8 @@ class Checkpoints:
             key = np.array(values["run"]["key"], np.uint32)
             if key.shape != np.shape(jax.random.key_data(jax.random.key(0))):
                 raise ValueError(f"a random key of shape {key.shape}")
-        state = TrainState(**{"average": {}, "factors": like.factors} | values["state"])
+        factors = like.factors | values["state"].get("factors", {})
+        state = TrainState(**{"average": {}} | values["state"] | {"factors": factors})
         if like.average and not state.average:
             places = jax.tree.map(lambda x: x.sharding, like.average)
             copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=places)

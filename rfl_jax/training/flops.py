@@ -6,6 +6,7 @@ import numpy as np
 
 from rfl_jax.config import Config
 from rfl_jax.models.wan.config import DiTConfig
+from rfl_jax.sampling.real import trained_experts
 from rfl_jax.sampling.sampler import Sampler
 
 
@@ -72,12 +73,17 @@ def decoded_frames(cfg: Config, latents: int) -> tuple[float, int]:
 
 
 def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, float]:
-    """How often one micro-batch takes each DiT's weights: forward, for the reference, again under remat, backward."""
+    """How often one micro-batch takes each DiT's weights: forward, for the reference, again under remat, backward. Of passes
+    that not all updates have, the mean.
+    """
     count: dict[str, float] = {}
     again = {"none": 0, "nested": 2}.get(cfg.policy, 1)
     for steps in taken(cfg, sampler):
         passes = steps.still + steps.gradient * (again + 2) + steps.references
         count[steps.expert] = count.get(steps.expert, 0) + passes * sampler.predictions(steps.expert)
+    if cfg.real.weight:
+        for expert in trained_experts(cfg, sampler):
+            count[expert] += (2 if cfg.policy == "none" else 3) / cfg.real.every
     return count
 
 
@@ -87,7 +93,8 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
     A step without gradient is a forward pass. One with gradient is one as well, another where the reference runs, and a
     backward pass: for weights that stay, as much as forward; for those that train in full, twice; for attention twice, as its
     kernels recompute the scores two and a half times. Rematerialisation executes the forward pass again, under
-    "save_attention" without its attention, under "nested" twice.
+    "save_attention" without its attention, under "nested" twice. The real-data loss is one more step with gradient for each
+    DiT that trains, unguided and without a reference, in every `real.every`-th update: its mean counts.
 
     Args:
         cfg: what trains, and how.
@@ -105,6 +112,12 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
         predictions = sampler.predictions(steps.expert)
         needed += predictions * (forward + steps.gradient * (backward + 2 * one.attention))
         executed += predictions * (forward + steps.gradient * (backward + 2.5 * one.attention + again))
+    for expert in trained_experts(cfg, sampler) if cfg.real.weight else ():
+        backward = one.linear * (2 if cfg.trains_in_full(expert) else 1)
+        # Not one of the steps that "nested" rematerialises whole.
+        again = {"none": 0.0, "save_attention": one.linear}.get(cfg.policy, one.total)
+        needed += (one.total + backward + 2 * one.attention) / cfg.real.every
+        executed += (one.total + backward + 2.5 * one.attention + again) / cfg.real.every
     return samples * needed, samples * executed
 
 

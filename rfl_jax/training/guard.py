@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from rfl_jax import hosts
-from rfl_jax.training.state import TrainState
+from rfl_jax.training.state import FACTORS, TrainState
 
 SLOWER = 0.5  # factor of the learning rate
 
@@ -30,11 +30,12 @@ def lowered(state: TrainState, raise_kl: float) -> TrainState:
     """With half the learning rate and `raise_kl` times the KL's weight from here on."""
     changes = {"learning_rate": SLOWER, "kl": raise_kl}
     factors = {
-        name: hosts.place(np.asarray(x) * np.float32(changes[name]), x.sharding) for name, x in state.factors.items()
+        name: hosts.place(np.asarray(state.factors[name]) * np.float32(change), state.factors[name].sharding)
+        for name, change in changes.items()
     }
-    return dataclasses.replace(state, factors=factors)
+    return dataclasses.replace(state, factors=state.factors | factors)
 
 
 def factors_of(state: TrainState) -> dict[str, float]:
-    """The factors as numbers, by name."""
-    return {f"{name}_factor": float(np.asarray(x)) for name, x in state.factors.items()}
+    """The factors of alarms as numbers, by name."""
+    return {f"{name}_factor": float(np.asarray(state.factors[name])) for name in FACTORS}

@@ -113,7 +113,8 @@ def prepare_inputs(cfg: Config, folder: RunFolder, devices: Sequence[Any] | None
 def _prepare_clips(cfg: Config, sources: Sources, cache: epath.Path) -> Clips:
     """The clips to train on and those held out. Both before training: a bad held-out row is found now, not at the end."""
     encoder = ClipEncoder(cfg, sources, cfg.eval.judge_model_path)
-    training = prepare_clips(encoder, read_metadata(cfg.file_name), cache, listed_in=cfg.file_name)
+    rows, listed_in = read_metadata(cfg.file_name), cfg.file_name
+    training = prepare_clips(encoder, rows, cache, listed_in=listed_in, real=cfg.real_arrays)
     if not cfg.eval.file_name:
         return Clips(training, [])
     rows = read_metadata(cfg.eval.file_name)[: cfg.eval.num_samples]

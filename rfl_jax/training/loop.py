@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -146,7 +147,8 @@ def take_step(run: Run, progress: Progress) -> tuple[dict[str, Any], jax.Array, 
         progress.state, metrics = run.update(progress.state, run.frozen, batch, progress.key)
         updates.append(metrics)
         flops += dit_flops(run.cfg, inputs.whole_sampler, arrays["y"].shape[1:4], inputs.batches.samples)[0]
-    values = jax.device_get([{name: metrics[name] for name in (*METRICS, "finite")} for metrics in updates])
+    values = jax.device_get([{name: x for name, x in metrics.items() if name != "video"} for metrics in updates])
+    guards = sorted(values[0].keys() - {*METRICS, "finite"})
     seconds = time.perf_counter() - begin
     progress.step += 1
     skipped = [x["finite"] for x in values if not x["finite"].all()]
@@ -155,9 +157,16 @@ def take_step(run: Run, progress: Progress) -> tuple[dict[str, Any], jax.Array, 
     line: dict[str, Any] = {
         "step": progress.step,
         **{name: float(np.mean([x[name] for x in values])) for name in METRICS},
+        **{name: _mean_of_known([x[name] for x in values]) for name in guards},
         "skipped_updates": len(skipped),
         "step_time_s": seconds,
         "mfu": flops / seconds / peak if peak else None,
     }
     not_finite = checked_names(progress.state.params)[int(np.argmin(skipped[0]))] if skipped else ""
     return line, updates[-1]["video"], not_finite
+
+
+def _mean_of_known(values: Sequence[Any]) -> float:
+    """The mean over a step's updates that have a value; NaN where none has."""
+    known = [float(x) for x in values if not np.isnan(x)]
+    return sum(known) / len(known) if known else float("nan")

@@ -80,6 +80,7 @@ class Run:
             share=share,
             seed=self.cfg.seed,
             noises=different_noises(self.cfg),
+            real=self.cfg.real_arrays,
         )
 
 

@@ -16,7 +16,12 @@ from rfl_jax.networks.parts import States
 from rfl_jax.networks.table import sharding_table
 from rfl_jax.sharding import replicated, shardings
 
-FACTORS = ("learning_rate", "kl")
+FACTORS = ("learning_rate", "kl")  # of alarms
+
+
+def factor_names(cfg: Config) -> tuple[str, ...]:
+    """The factors of a run's state."""
+    return (*FACTORS, "kl_target") if cfg.kl.target else FACTORS
 
 
 @dataclasses.dataclass
@@ -28,7 +33,8 @@ class TrainState:
         params: trainable weights of each trained network, float32.
         opt_state: optimizer state of `params`.
         average: exponential moving average of `params`, float32; empty without `ema.decay`.
-        factors: of "learning_rate" and "kl" (the KL's weight): 1, until alarms change them (`guard.on_alarm`).
+        factors: of "learning_rate" and "kl" (the KL's weight): 1, until alarms change them (`guard.on_alarm`). With
+            `kl.target` also "kl_target", of the KL's weight, which keeps the KL within its budget.
     """
 
     step: Any
@@ -41,6 +47,12 @@ class TrainState:
     def tuned(self) -> States:
         """The weights that are judged and handed on: the average where there is one."""
         return self.average or self.params
+
+    @property
+    def kl_factor(self) -> Any:
+        """What the KL's weight is multiplied by, for alarms and for the budget together."""
+        kl = self.factors["kl"]
+        return kl * self.factors["kl_target"] if "kl_target" in self.factors else kl
 
 
 jax.tree_util.register_dataclass(TrainState, ["step", "params", "opt_state", "average", "factors"], [])
@@ -62,7 +74,8 @@ def start_from(cfg: Config, params: States) -> States:
 def create_state(params: States, tx: optax.GradientTransformation, cfg: Config) -> TrainState:
     """The state before the first update. The average begins at the weights."""
     average = jax.tree.map(jnp.copy, params) if cfg.ema.decay else {}
-    return TrainState(jnp.int32(0), params, tx.init(params), average, dict.fromkeys(FACTORS, jnp.float32(1)))
+    factors = dict.fromkeys(factor_names(cfg), jnp.float32(1))
+    return TrainState(jnp.int32(0), params, tx.init(params), average, factors)
 
 
 def follow(average: States, params: States, decay: float, updates: Int[Array, ""]) -> States:
@@ -112,5 +125,5 @@ def state_places(params: States, tx: optax.GradientTransformation, cfg: Config, 
         places,
         jax.tree.map(placed, abstract.opt_state, is_leaf=is_moments),
         places if cfg.ema.decay else {},
-        dict.fromkeys(FACTORS, whole),
+        dict.fromkeys(factor_names(cfg), whole),
     )

@@ -14,15 +14,19 @@ from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config
 from rfl_jax.models.wan.vae import VAE
 from rfl_jax.networks.parts import Frozen, Networks, States
-from rfl_jax.rewards.face import reward_loss
 from rfl_jax.sampling.denoise import denoise
 from rfl_jax.sampling.phases import phase_scope
+from rfl_jax.sampling.real import real_loss
 from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
 from rfl_jax.sampling.window import draw_frames
+from rfl_jax.training.budget import adapted
 from rfl_jax.training.finite import finite_gradients, finite_weights
+from rfl_jax.training.rewarded import rewarded
 from rfl_jax.training.state import TrainState, follow
 
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]
+# Of the metrics of a micro-batch, those of the guards that are on, by name: means over its samples.
+GUARDS = "guards"
 Step = Callable[[TrainState, Frozen, Batch, Array], tuple[TrainState, Metrics]]
 
 
@@ -52,10 +56,9 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
             video = decode_scored(cfg, networks.build("vae", params, frozen), latents, key, update)
         with phase_scope("reward"):
             score = networks.build("reward", params, frozen)(video, batch["pool"])
-        # Samples without a face say nothing: no reward and no gradient of it.
-        rewarded = jnp.where(score.valid, reward_loss(score.score), 0.0)
+            reward, guards = rewarded(cfg, score, batch)
         kl = jnp.mean(kls)
-        value = cfg.reward.weight * jnp.mean(rewarded) + cfg.reward.kl_weight * kl_factor * kl
+        value = cfg.reward.weight * jnp.mean(reward) + cfg.reward.kl_weight * kl_factor * kl
         count = jnp.sum(score.valid)
         metrics = {
             "loss": value,
@@ -64,6 +67,7 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
             "kl_loss": kl,
             "no_face_fraction": 1 - jnp.mean(score.valid.astype(jnp.float32)),
             "video": jnp.clip(jnp.rint((video[0] + 1) * 127.5), 0, 255).astype(jnp.uint8),
+            GUARDS: guards,
         }
         return value, metrics
 
@@ -76,6 +80,34 @@ def decode_scored(cfg: Config, vae: VAE, latents: Array, key: Array, update: Arr
     if not 0 < count < of:
         return vae.decode(latents)
     return vae.decode_window(latents, draw_frames(key, update, count, of), count)
+
+
+def make_gradient(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[..., Any]:
+    """`(params, frozen, batch, key, update, kl_factor) -> ((loss, metrics), gradients)` of one micro-batch: of `make_loss`, and
+    of the real-data loss in every `real.every`-th update, in the others of which nothing of it runs.
+    """
+    ours = jax.value_and_grad(make_loss(cfg, networks, sampler), has_aux=True)
+    if not cfg.real.weight:
+        return ours
+
+    def gradient(
+        params: States, frozen: Frozen, batch: Batch, key: Array, update: Array, kl_factor: Array
+    ) -> tuple[tuple[Array, Metrics], States]:
+        def matched(params: States) -> Array:
+            return cfg.real.weight * real_loss(cfg, networks, sampler, params, frozen, batch, key, update)
+
+        def left_out(params: States) -> tuple[Array, States]:
+            return jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+
+        due = update % cfg.real.every == 0
+        # Forward and backward pass are in one branch: activations do not leave it.
+        real, pull = jax.lax.cond(due, jax.value_and_grad(matched), left_out, params)
+        (value, metrics), grads = ours(params, frozen, batch, key, update, kl_factor)
+        value = value + real
+        guards = metrics[GUARDS] | {"real_loss": jnp.where(due, real / cfg.real.weight, jnp.nan)}
+        return (value, metrics | {"loss": value, GUARDS: guards}), jax.tree.map(jnp.add, grads, pull)
+
+    return gradient
 
 
 def accumulate(grad: Callable[..., Any], batch: Batch, like: States) -> tuple[States, Metrics]:
@@ -108,10 +140,10 @@ def make_step(
     The batch's arrays have a leading axis of micro-batches, whose gradients are averaged. An update whose loss
     or gradients are not all finite is skipped: the state stays as it was. The metric "finite" tells of `checked_names`.
     """
-    grad = jax.value_and_grad(make_loss(cfg, networks, sampler), has_aux=True)
+    grad = make_gradient(cfg, networks, sampler)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        told = {"key": key, "update": state.step, "kl_factor": state.factors["kl"]}
+        told = {"key": key, "update": state.step, "kl_factor": state.kl_factor}
         grads, metrics = accumulate(partial(grad, state.params, frozen, **told), batch, state.params)
         before = state
         if cfg.optimizer_memory != "device":
@@ -126,7 +158,12 @@ def make_step(
             # An update that is not finite leaves no trace, not in the moments nor in the schedule either. Its new values
             # have no say in that: all of them would have to be there before the first could take the old one's place.
             finite = finite_gradients(grads, jnp.mean(metrics["loss"]))
-            kept = TrainState(state.step + 1, params, opt_state, average, state.factors)
+            factors = state.factors
+            if cfg.kl.target:
+                # An alarm that raises the KL's weight lowers its budget: otherwise the budget would undo it.
+                used = state.factors["kl"] * jnp.mean(metrics["kl_loss"])
+                factors = factors | {"kl_target": adapted(factors["kl_target"], used, cfg.kl.target)}
+            kept = TrainState(state.step + 1, params, opt_state, average, factors)
             kept = jax.tree.map(partial(jnp.where, jnp.all(finite)), kept, before)
         means = {
             "loss": jnp.mean(metrics["loss"]),
@@ -137,7 +174,10 @@ def make_step(
             "learning_rate": schedule(state.step) * state.factors["learning_rate"],
             "finite": finite & finite_weights(kept.params),
             "video": metrics["video"][0],
+            **jax.tree.map(jnp.mean, metrics[GUARDS]),
         }
+        if cfg.kl.target:
+            means["kl_weight"] = cfg.reward.kl_weight * state.kl_factor
         return kept, means
 
     return step

@@ -29,9 +29,19 @@ def plan(*arguments, timeout=600):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
 
 
+GUARDED = {
+    "noise.prefix_cache": "off",
+    "ema.decay": 0.99,
+    "kl.target": 0.1,
+    "real.weight": 0.1,
+    "motion.weight": 1.0,
+    "motion.copy_weight": 1.0,
+}
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"noise.prefix_cache": "off", "ema.decay": 0.99}, {"trainable_models": "dit2,vae,text_encoder"}],
+    [{}, GUARDED, {"trainable_models": "dit2,vae,text_encoder"}],
 )
 def test_arguments_are_those_of_the_run(settings, tmp_path, changes):
     cfg = settings(

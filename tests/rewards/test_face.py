@@ -9,7 +9,7 @@ from flax import nnx
 from rfl_jax.rewards.align import TEMPLATE, align, invert, similarity
 from rfl_jax.rewards.arcface import IResNet, IResNetConfig
 from rfl_jax.rewards.detect import _suppress, letterbox, letterbox_size
-from rfl_jax.rewards.face import FaceReward, RewardConfig, cosine_with_pool, usable_pool
+from rfl_jax.rewards.face import FaceReward, RewardConfig, cosine_with_pool, real_agreement, usable_pool
 from rfl_jax.rewards.scrfd import SCRFD, ConvSpec, resnet
 from tests.rewards.pooled import pooled_score
 
@@ -129,6 +129,23 @@ def test_score_leaves_out_the_first_frame_and_missing_faces():
     np.testing.assert_allclose(pooled_score(e, mask, pool), want[0][mask[0]].mean(), atol=1e-6)
     with_first = cosine_with_pool(e, pool, usable_pool(pool, use_first_frame=True))
     np.testing.assert_allclose(with_first[1], (unit(e[1]) @ unit(pool[1]).T).mean(1), atol=1e-6)
+
+
+def test_a_real_clip_agrees_with_itself_as_each_frame_does_with_the_others():
+    pool = np.random.default_rng(6).normal(size=(3, 6, 8)).astype(np.float32)
+    pool[0, 2] = 0
+    pool[2, 2:] = 0
+    mask = usable_pool(jnp.asarray(pool))
+    found = np.asarray(real_agreement(jnp.asarray(pool), mask))
+    for i, rows in ((0, [1, 3, 4, 5]), (1, [1, 2, 3, 4, 5])):
+        others = [pool[i, [j for j in rows if j != row]][None] for row in rows]
+        left_out = [
+            cosine_with_pool(jnp.asarray(pool[i : i + 1, row : row + 1]), jnp.asarray(x), jnp.ones(x.shape[:2], bool))
+            for row, x in zip(rows, others, strict=True)
+        ]
+        assert found[i] == pytest.approx(np.mean(left_out), rel=1e-5)
+    # One face has no other to agree with.
+    assert found[2] == np.inf
 
 
 @pytest.mark.parametrize("compat", ["insightface", "roll"])

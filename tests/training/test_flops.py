@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rfl_jax.config import Config, KLSection, RewardSection, WindowSection
+from rfl_jax.config import Config, KLSection, RealSection, RewardSection, WindowSection
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
+from rfl_jax.sampling.real import trained_experts
 from rfl_jax.sampling.sampler import make_sampler
 from rfl_jax.training.flops import decoded_frames, dit_flops, dit_forward, forward_passes, int8_flops
 
@@ -41,6 +42,19 @@ def test_steps_that_are_not_compared_spare_the_reference(every):
     assert forward_passes(each, sampler)["dit2"] - forward_passes(some, sampler)["dit2"] == spared
 
 
+@pytest.mark.parametrize(("policy", "forward"), [("none", 1), ("full", 2), ("nested", 2)])
+def test_real_data_takes_one_step_with_gradient_in_the_mean_over_updates(policy, forward):
+    without = Config(remat_policy=policy)
+    each, some = (dataclasses.replace(without, real=RealSection(weight=0.1, every=every)) for every in (1, 4))
+    sampler, one = make_sampler(without), dit_forward(A14B, 18_900)
+    base, more, less = (dit_flops(cfg, sampler, (21, 60, 60), 2)[1] for cfg in (without, each, some))
+    # Forward, perhaps again, and backward: once for layers that stay, two and a half times for attention.
+    assert more - base == pytest.approx(2 * (forward * one.total + one.linear + 2.5 * one.attention))
+    assert less - base == pytest.approx((more - base) / 4)
+    reads = [forward_passes(cfg, sampler)["dit2"] for cfg in (without, each, some)]
+    assert reads[1] - reads[0] == 4 * (reads[2] - reads[0]) == forward + 1
+
+
 def test_windows_cost_what_their_steps_cost():
     def cost(**window):
         cfg = Config(window=WindowSection(**window))
@@ -55,6 +69,9 @@ def test_windows_cost_what_their_steps_cost():
     assert two[1] - one[1] == pytest.approx(2 * forward.total + forward.linear + 2.5 * forward.attention)
     # One forward pass more than where the last step has the gradient.
     assert cost(mode="random", steps=1, direct=True)[1] - one[1] == pytest.approx(forward.total)
+    # The real-data loss stays that of the networks that train.
+    direct = Config(window=WindowSection(steps=1, direct=True))
+    assert trained_experts(direct, make_sampler(direct)) == ("dit2",)
 
 
 def test_frames_before_those_scored_are_decoded_forward():
