@@ -25,6 +25,7 @@ from rfl_jax.settings import (
     Listed,
     MultipleOf,
     Names,
+    Numbers,
     OneOf,
     Pairs,
     Setting,
@@ -70,6 +71,11 @@ class RewardSection(RewardConfig):
     use_first_frame: Annotated[
         bool, "Whether the real clip's first frame, which the network is given, counts among its faces."
     ] = RewardConfig.use_first_frame
+    frames: Annotated[
+        int,
+        AtLeast(0),
+        "Latent frames that are decoded with gradient and scored: others in a row each update, never the first; 0: all.",
+    ] = 0
     weight: Annotated[float, "Factor of the face reward in the loss."] = 1.0
     kl_weight: Annotated[float, AtLeast(0), "Factor of the KL to the untrained network in the loss."] = 1.0
     ceiling: Annotated[
@@ -115,6 +121,28 @@ class MotionSection:
         Within(0, 1),
         "Share that a video loses which only repeats its first frame, less down to the real clip's copying; 0: none.",
     ] = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowSection:
+    """Which of the denoising steps from `mid_timestep` to `final_timestep` carry gradient, and how."""
+
+    mode: Annotated[
+        Literal["last", "random", "uniform", "list"],
+        "The last window.steps of them; as many at random, others each update; as many evenly spaced; those in window.list.",
+    ] = "last"
+    steps: Annotated[
+        int, AtLeast(0), "Steps that carry gradient; 0: all of them, with last, or those in window.list."
+    ] = 0
+    list: Annotated[Names, Numbers(), "Steps that carry gradient, counted from 0, with mode list."] = ()
+    stop_input_gradient: Annotated[
+        bool,
+        "Cut the latents off before the network in every step: each velocity has gradient, none goes through two (DRTune).",
+    ] = False
+    direct: Annotated[
+        bool,
+        "Sample without gradient, add known noise, differentiate one step from there and remove the noise left (Direct-Align).",
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,6 +378,7 @@ class Config(Original):
     kl: KLSection = KLSection()
     real: RealSection = RealSection()
     motion: MotionSection = MotionSection()
+    window: WindowSection = WindowSection()
     noise: NoiseSection = NoiseSection()
     sampling: SamplingSection = SamplingSection()
     data: DataSection = DataSection()
@@ -470,6 +499,42 @@ RULES = (
         ("min_timestep_boundary", "max_timestep_boundary"),
         lambda cfg: cfg.min_timestep_boundary <= cfg.max_timestep_boundary,
         BOUNDARIES.text,
+    ),
+    Rule(
+        ("window.list", "window.mode"),
+        lambda cfg: (cfg.window.mode == "list") == bool(cfg.window.list),
+        lambda cfg: (
+            "numbers of steps, as window.mode is list" if not cfg.window.list else "empty, unless window.mode is list"
+        ),
+    ),
+    Rule(
+        ("window.steps", "window.mode"),
+        lambda cfg: cfg.window.mode == "last" or (cfg.window.mode == "list") == (cfg.window.steps == 0),
+        lambda cfg: (
+            "0, as window.list tells the steps"
+            if cfg.window.steps
+            else f"at least 1, as window.mode is {cfg.window.mode}"
+        ),
+    ),
+    Rule(
+        ("window.direct", "window.steps", "window.list", "window.mode"),
+        lambda cfg: not cfg.window.direct or max(cfg.window.steps, len(cfg.window.list)) == 1,
+        "false, unless window.steps is 1 or window.list one number",
+    ),
+    Rule(
+        ("window.stop_input_gradient", "window.direct"),
+        lambda cfg: not (cfg.window.stop_input_gradient and cfg.window.direct),
+        "false, as window.direct takes one step",
+    ),
+    Rule(
+        ("reward.frames", "data.num_frames"),
+        lambda cfg: cfg.reward.frames <= cfg.data.num_frames // 4,
+        lambda cfg: f"at most {cfg.data.num_frames // 4}, as data.num_frames is {cfg.data.num_frames}",
+    ),
+    Rule(
+        ("reward.frames", "motion.copy_weight"),
+        lambda cfg: not (cfg.reward.frames and cfg.motion.copy_weight),
+        "0, as motion.copy_weight compares with the first frame",
     ),
     Rule(
         ("extra_inputs",),

@@ -147,6 +147,17 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
+class Numbers:
+    """Whole numbers from 0 on."""
+
+    def check(self, value: Names) -> bool:
+        return all(re.fullmatch(r"\d+", number, re.ASCII) for number in value)
+
+    def expected(self, noun: str) -> str:
+        return "whole numbers of at least 0 separated by commas, or empty"
+
+
+@dataclasses.dataclass(frozen=True)
 class Listed:
     """Some of the names; none of them too where `empty`."""
 

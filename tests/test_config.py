@@ -109,6 +109,11 @@ def test_a_rule_is_silent_about_what_cannot_be_read():
         ("kl.target", 0.02, "0, as no DiT trains"),
         ("real.weight", 0.1, "0, as no DiT trains"),
         ("motion.weight", 1.5, "a number from 0 to 1"),
+        ("window.mode", "first", "one of last, random, uniform, list"),
+        ("window.list", "4,six", "whole numbers of at least 0 separated by commas, or empty"),
+        ("window.list", "4", "empty, unless window.mode is list"),
+        ("window.direct", True, "false, unless window.steps is 1 or window.list one number"),
+        ("reward.frames", 21, "at most 20, as data.num_frames is 81"),
         ("remat_policy", "some", "one of none, full, nested, save_attention, offload, or empty"),
         ("compiler_options", "fast", "NAME=VALUE separated by commas, or empty"),
         ("model_name", "wan2_1", "wan2_2"),
@@ -134,6 +139,31 @@ def test_refusals_tell_the_range(key, value, expected):
     with pytest.raises(UserError) as refused:
         parse(changed({key: value} | other))
     assert str(refused.value) == f"config.{key}: expected {expected}, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window.mode": "list"}, "window.list: expected numbers of steps, as window.mode is list, got ''"),
+        (
+            {"window.mode": "list", "window.list": "4", "window.steps": 1},
+            "window.steps: expected 0, as window.list tells the steps, got 1",
+        ),
+        ({"window.mode": "random"}, "window.steps: expected at least 1, as window.mode is random, got 0"),
+        (
+            {"window.steps": 1, "window.direct": True, "window.stop_input_gradient": True},
+            "window.stop_input_gradient: expected false, as window.direct takes one step, got True",
+        ),
+        (
+            {"reward.frames": 2, "motion.copy_weight": 0.5},
+            "reward.frames: expected 0, as motion.copy_weight compares with the first frame, got 2",
+        ),
+    ],
+)
+def test_settings_of_a_window_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(UserError) as refused:
+        parse(changed(changes))
+    assert str(refused.value) == f"config.{message}"
 
 
 LISTS = {

@@ -23,7 +23,7 @@ from rfl_jax.programs import not_kept
 from rfl_jax.rewards.arcface import CROP, IResNet
 from rfl_jax.rewards.scrfd import SCRFD
 from rfl_jax.terminal import waiting
-from rfl_jax.training.flops import dit_flops, forward_passes, int8_flops
+from rfl_jax.training.flops import decoded_frames, dit_flops, forward_passes, int8_flops
 
 # Least effort of the scheduler, which tells soon whether a program fits. A14B for v5p-8 took 100 s of a processor for 39.1 GiB
 # and 68 s an update by the compiler's cycles, as training compiles it 530 s for 43.4 GiB and 17 s: from what is scheduled so no
@@ -216,13 +216,15 @@ def step_flops(cfg: Config, plan: Plan) -> tuple[float, float]:
     frames, rows, columns = plan.latents
     size = cfg.reward.detector_size
     # The decoder is a loop over latent frames, whose body is counted once.
-    decode = frames * _forward_flops(VAE, plan.vae, (1, 1, rows, columns, plan.vae.z_dim))
-    embed = plan.frames * _forward_flops(IResNet, plan.embedder, (1, CROP, CROP, 3))
-    detect = plan.frames * _forward_flops(SCRFD, plan.detector, (1, size, size, 3))
-    rest = plan.samples * (2 * decode + 2 * embed + detect)
+    decode = _forward_flops(VAE, plan.vae, (1, 1, rows, columns, plan.vae.z_dim))
+    before, scored = decoded_frames(cfg, frames)
+    pixels = plan.frames if scored == frames else scored * plan.vae.stride[0]
+    embed = pixels * _forward_flops(IResNet, plan.embedder, (1, CROP, CROP, 3))
+    detect = pixels * _forward_flops(SCRFD, plan.detector, (1, size, size, 3))
+    rest = plan.samples * ((before + 2 * scored) * decode + 2 * embed + detect)
     # Grouped caches take one more forward pass.
     passes = 0 if cfg.policy == "none" else 2 if cfg.vae_caches == "recompute" else 1
-    again = plan.samples * decode * passes
+    again = plan.samples * scored * decode * passes
     return needed + rest, executed + rest + again
 
 

@@ -97,7 +97,8 @@ def least_bytes(cfg: Config, plan: Plan) -> int:
     tokens = math.prod(plan.latents) // math.prod(sizes.patch_size)
     devices = cfg.mesh.context * cfg.mesh.data * cfg.mesh.fsdp
     block = plan.samples // cfg.gradient_accumulation_steps * tokens * sizes.dim * jnp.dtype(cfg.dtype).itemsize
-    steps = sum(span.stop - span.start for span in plan.sampler.spans if span.gradient)
+    # Of the steps that `window.direct` draws from one is taken.
+    steps = sum(map(plan.sampler.with_gradient, plan.sampler.spans)) or len(plan.sampler.direct[:1])
     kept = kept_by_block(cfg.policy, sizes.ffn_dim / sizes.dim) * sizes.num_layers * block
     # "nested" keeps one denoising step's.
     return resident + int(kept * (1 if cfg.policy == "nested" else steps) / devices)

@@ -1,9 +1,10 @@
-"""What of sampling is fixed before anything runs: noise levels, which network takes which steps, guidance; and the
-networks with a batch's conditioning bound to them.
+"""What of sampling is fixed before anything runs: noise levels, which network takes which steps, which of them have
+gradient, guidance; and the networks with a batch's conditioning bound to them.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.networks.parts import Frozen, Networks, States
 from rfl_jax.sampling.rollout import Expert, Latents, Velocity
 from rfl_jax.sampling.schedule import Span, make_sigmas, plan_spans
+from rfl_jax.sampling.window import choose_window
 
 Batch = Mapping[str, Array]
 
@@ -36,6 +38,10 @@ class Sampler:
         sigmas: noise levels, one more than steps.
         spans: which network takes which steps.
         guidance: classifier-free guidance scale of each expert; 1 is none.
+        drawn: of spans of which only so many steps have gradient, others in each update, how many.
+        direct: where the gradient is that of one step from known noise, and the spans have none: the steps it can be, each
+            as likely in an update as another.
+        separate: whether each step's gradient stays its own, as `rollout` says.
         rounds_inputs: whether int8 weights meet int8 inputs where nothing is differentiated: in spans without gradient
             and in the KL's reference.
     """
@@ -44,6 +50,9 @@ class Sampler:
     sigmas: Float[np.ndarray, " n"]
     spans: tuple[Span, ...]
     guidance: Mapping[str, float]
+    drawn: Mapping[Span, int] = dataclasses.field(default_factory=dict)
+    direct: tuple[Span, ...] = ()
+    separate: bool = False
     rounds_inputs: bool = False
 
     @property
@@ -56,6 +65,10 @@ class Sampler:
         """Whether any expert is guided, which takes the features of a negative prompt."""
         return any(scale != 1.0 for scale in self.guidance.values())
 
+    def with_gradient(self, span: Span) -> int:
+        """Steps of a span that have gradient in one update."""
+        return self.drawn.get(span, span.stop - span.start) if span.gradient else 0
+
     def predictions(self, expert: str) -> int:
         """Forward passes of one velocity."""
         return 1 if self.guidance[expert] == 1.0 else 2
@@ -65,13 +78,16 @@ def make_sampler(cfg: Config) -> Sampler:
     """All steps of an update.
 
     Raises:
-        UserError: a trained DiT that no step with gradient uses, or groups of steps that do not fill its steps.
+        UserError: a trained DiT that no step with gradient uses, a window of other steps, or groups of steps that do not
+            fill its steps.
     """
     dit = DIT_PRESETS[cfg.preset]
     sigmas = make_sigmas(cfg.num_inference_steps, cfg.sampling.shift)
     boundary = None if dit.boundary is None else cfg.min_timestep_boundary
     above = int(np.sum(sigmas[:-1] > np.float32(cfg.max_timestep_boundary)))
-    spans = plan_spans(sigmas, boundary=boundary, mid=max(cfg.mid_timestep, above), final=cfg.final_timestep)
+    first = max(cfg.mid_timestep, above)
+    plan = partial(plan_spans, sigmas, boundary=boundary, mid=first, final=cfg.final_timestep)
+    spans = plan()
     reached = {span.expert for span in spans if span.gradient}
     for name in set(cfg.trained) & {"dit", "dit2"}:
         if name not in reached:
@@ -79,19 +95,55 @@ def make_sampler(cfg: Config) -> Sampler:
                 f"config.trainable_models: {name} serves no step with gradient (steps {cfg.mid_timestep} to "
                 f"{cfg.final_timestep}), expected one of {', '.join(sorted(reached))} or a lower mid_timestep"
             )
+    experts = [span.expert for span in spans for _ in range(span.start, span.stop)]
+    window = choose_window(cfg, experts, first)
+    drawn: dict[Span, int] = {}
+    direct: tuple[Span, ...] = ()
+    if window is not None:
+        spans = plan(among=window.steps)
+        drawn = {
+            span: window.drawn[span.expert]
+            for span in spans
+            if span.gradient and window.drawn.get(span.expert, span.stop - span.start) < span.stop - span.start
+        }
+    if cfg.window.direct:
+        direct = tuple(span for span in spans if span.gradient)
+        spans = plan(among=())
     guidance: dict[str, float] = dict.fromkeys(("dit", "dit2"), cfg.sampling.guidance_scale)
-    sampler = Sampler(dit, sigmas, spans, guidance, rounds_inputs=cfg.frozen_activations == "int8")
-    steps = {span.expert: span.stop - span.start for span in compared_spans(cfg, sampler)}
-    if cfg.kl.every > 1 and (not steps or any(count % cfg.kl.every for count in steps.values())):
-        counts = " and ".join(f"{count} of {expert}" for expert, count in steps.items())
-        expected = f"a divisor of the steps with gradient ({counts})" if steps else "1, as no DiT trains"
-        raise UserError(f"config.kl.every: expected {expected}, got {cfg.kl.every}")
+    sampler = Sampler(
+        dit,
+        sigmas,
+        spans,
+        guidance,
+        drawn=drawn,
+        direct=direct,
+        separate=cfg.window.stop_input_gradient,
+        rounds_inputs=cfg.frozen_activations == "int8",
+    )
+    if cfg.kl.every > 1:
+        _check_groups(cfg, sampler)
     return sampler
+
+
+def _check_groups(cfg: Config, sampler: Sampler) -> None:
+    """Raises UserError where groups of `kl.every` steps do not fill the steps that have a reference."""
+    counts = [(span.stop - span.start, span.expert) for span in compared_spans(cfg, sampler)]
+    expected = ""
+    if sampler.drawn or sampler.direct:
+        expected = "1, as the window draws the steps" if sampler.drawn else "1, as window.direct takes one step"
+    elif not counts:
+        expected = "1, as no DiT trains"
+    elif any(count % cfg.kl.every for count, _ in counts):
+        told = " and ".join(f"{count} of {expert}" for count, expert in counts)
+        expected = f"a divisor of the steps with gradient ({told})"
+    if expected:
+        raise UserError(f"config.kl.every: expected {expected}, got {cfg.kl.every}")
 
 
 def compared_spans(cfg: Config, sampler: Sampler) -> tuple[Span, ...]:
     """The steps whose velocity has a reference: those with gradient of networks that train."""
-    return tuple(span for span in sampler.spans if span.gradient and span.expert in cfg.trained)
+    steps = (*sampler.spans, *sampler.direct)
+    return tuple(span for span in steps if span.gradient and span.expert in cfg.trained)
 
 
 def compared_steps(
@@ -137,7 +189,7 @@ def split_prefix(cfg: Config, sampler: Sampler) -> tuple[Sampler, Sampler]:
             break
         count += 1
     before, after = sampler.spans[:count], sampler.spans[count:]
-    return dataclasses.replace(sampler, spans=before), dataclasses.replace(sampler, spans=after)
+    return dataclasses.replace(sampler, spans=before, drawn={}, direct=()), dataclasses.replace(sampler, spans=after)
 
 
 def caches_prefix(cfg: Config, prefix: Sampler) -> bool:

@@ -1,6 +1,7 @@
 """The flow-matching schedule and which network serves which of its steps."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,14 @@ def experts_at(timesteps: Float[np.ndarray, " s"], boundary: float | None) -> li
     return ["dit" if boundary is None or t >= edge else "dit2" for t in timesteps]
 
 
-def plan_spans(sigmas: Float[np.ndarray, " n"], *, boundary: float | None, mid: int, final: int) -> tuple[Span, ...]:
+def plan_spans(
+    sigmas: Float[np.ndarray, " n"],
+    *,
+    boundary: float | None,
+    mid: int,
+    final: int,
+    among: Collection[int] | None = None,
+) -> tuple[Span, ...]:
     """Splits steps 0..final into spans.
 
     Args:
@@ -52,10 +60,11 @@ def plan_spans(sigmas: Float[np.ndarray, " n"], *, boundary: float | None, mid: 
         boundary: between the networks, as in `experts_at`.
         mid: first step with gradient.
         final: last step that is run.
+        among: of the steps from `mid` on, those with gradient; all of them by default.
     """
     spans: list[Span] = []
     for i, expert in enumerate(experts_at(sigmas[: final + 1] * TRAIN_TIMESTEPS, boundary)):
-        gradient = i >= mid
+        gradient = i >= mid and (among is None or i in among)
         last = spans[-1] if spans else None
         if last and (last.expert, last.gradient) == (expert, gradient):
             spans[-1] = dataclasses.replace(last, stop=i + 1)

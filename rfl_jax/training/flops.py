@@ -8,7 +8,6 @@ from rfl_jax.config import Config
 from rfl_jax.models.wan.config import DiTConfig
 from rfl_jax.sampling.real import trained_experts
 from rfl_jax.sampling.sampler import Sampler
-from rfl_jax.sampling.schedule import Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +34,42 @@ def dit_forward(cfg: DiTConfig, tokens: int) -> Forward:
     return Forward(float(cfg.num_layers * linear), float(cfg.num_layers * (4 * n * n * d + 4 * n * s * d)))
 
 
-def references(cfg: Config, span: Span) -> int:
-    """Forward passes of the KL's reference over the steps of a span."""
-    return (span.stop - span.start) // cfg.kl.every if span.gradient and span.expert in cfg.trained else 0
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """Steps that a network takes in one update, or in the mean over updates where they are drawn.
+
+    Attributes:
+        expert: the network.
+        still: without gradient.
+        gradient: with gradient.
+        references: forward passes of the KL's reference.
+    """
+
+    expert: str
+    still: float
+    gradient: float
+    references: float
+
+
+def taken(cfg: Config, sampler: Sampler) -> list[Taken]:
+    """The steps of one update."""
+    found = []
+    for span in sampler.spans:
+        gradient = sampler.with_gradient(span)
+        compared = gradient // cfg.kl.every if span.expert in cfg.trained else 0
+        found.append(Taken(span.expert, *map(float, (span.stop - span.start - gradient, gradient, compared))))
+    among = sum(span.stop - span.start for span in sampler.direct)
+    for span in sampler.direct:
+        share = (span.stop - span.start) / among
+        found.append(Taken(span.expert, 0.0, share, share if span.expert in cfg.trained else 0.0))
+    return found
+
+
+def decoded_frames(cfg: Config, latents: int) -> tuple[float, int]:
+    """Latent frames of a video that are decoded without gradient, in the mean over updates, and with."""
+    scored = cfg.reward.frames if 0 < cfg.reward.frames < latents else latents
+    # A window begins at the second latent frame or later, wherever it has room.
+    return 0.0 if scored == latents else (1 + latents - scored) / 2, scored
 
 
 def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, float]:
@@ -46,13 +78,9 @@ def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, float]:
     """
     count: dict[str, float] = {}
     again = {"none": 0, "nested": 2}.get(cfg.policy, 1)
-    for span in sampler.spans:
-        passes = 1.0
-        if span.gradient:
-            passes += again + 1
-        passes = passes * (span.stop - span.start) + references(cfg, span)
-        passes *= sampler.predictions(span.expert)
-        count[span.expert] = count.get(span.expert, 0) + passes
+    for steps in taken(cfg, sampler):
+        passes = steps.still + steps.gradient * (again + 2) + steps.references
+        count[steps.expert] = count.get(steps.expert, 0) + passes * sampler.predictions(steps.expert)
     if cfg.real.weight:
         for expert in trained_experts(cfg, sampler):
             count[expert] += (2 if cfg.policy == "none" else 3) / cfg.real.every
@@ -77,17 +105,13 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
     tokens = int(np.prod(latents)) // int(np.prod(sampler.dit.patch_size))
     one = dit_forward(sampler.dit, tokens)
     needed = executed = 0.0
-    for span in sampler.spans:
-        passes = float(span.stop - span.start) * sampler.predictions(span.expert)
-        if not span.gradient:
-            needed += passes * one.total
-            executed += passes * one.total
-            continue
-        forward = one.total * (1 + references(cfg, span) / (span.stop - span.start))
-        backward = one.linear * (2 if cfg.trains_in_full(span.expert) else 1)
+    for steps in taken(cfg, sampler):
+        backward = one.linear * (2 if cfg.trains_in_full(steps.expert) else 1)
         again = {"none": 0.0, "save_attention": one.linear, "nested": 2 * one.total}.get(cfg.policy, one.total)
-        needed += passes * (forward + backward + 2 * one.attention)
-        executed += passes * (forward + backward + 2.5 * one.attention + again)
+        forward = (steps.still + steps.gradient + steps.references) * one.total
+        predictions = sampler.predictions(steps.expert)
+        needed += predictions * (forward + steps.gradient * (backward + 2 * one.attention))
+        executed += predictions * (forward + steps.gradient * (backward + 2.5 * one.attention + again))
     for expert in trained_experts(cfg, sampler) if cfg.real.weight else ():
         backward = one.linear * (2 if cfg.trains_in_full(expert) else 1)
         # Not one of the steps that "nested" rematerialises whole.
@@ -104,8 +128,8 @@ def int8_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples:
     tokens = int(np.prod(latents)) // int(np.prod(sampler.dit.patch_size))
     one = dit_forward(sampler.dit, tokens)
     passes = sum(
-        sampler.predictions(span.expert) * (references(cfg, span) if span.gradient else span.stop - span.start)
-        for span in sampler.spans
-        if cfg.frozen_activations and cfg.quantizes(span.expert)
+        sampler.predictions(steps.expert) * (steps.still + steps.references)
+        for steps in taken(cfg, sampler)
+        if cfg.frozen_activations and cfg.quantizes(steps.expert)
     )
     return samples * passes * one.linear

@@ -12,12 +12,13 @@ from jax import Array
 
 from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config
+from rfl_jax.models.wan.vae import VAE
 from rfl_jax.networks.parts import Frozen, Networks, States
-from rfl_jax.remat import steps_options
+from rfl_jax.sampling.denoise import denoise
 from rfl_jax.sampling.phases import phase_scope
 from rfl_jax.sampling.real import real_loss
-from rfl_jax.sampling.rollout import rollout
-from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, compared_steps, latent_shape, start_noise
+from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
+from rfl_jax.sampling.window import draw_frames
 from rfl_jax.training.budget import adapted
 from rfl_jax.training.finite import finite_gradients, finite_weights
 from rfl_jax.training.rewarded import rewarded
@@ -49,15 +50,14 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
         if start is None:
             shape = latent_shape(sampler, batch)
             start = start_noise(key, batch["clip"], batch["noise_index"], shape, cfg.noise.mode)
-        compared = compared_steps(cfg, sampler, key, update, batch["clip"])
-        options = steps_options(cfg.policy)
-        out = rollout(experts, start, sampler.sigmas, sampler.spans, keep=keep, compared=compared, **options)
+        told = {"key": key, "update": update, "clips": batch["clip"]}
+        latents, kls = denoise(cfg, sampler, experts, keep, start, **told)
         with phase_scope("vae"):
-            video = networks.build("vae", params, frozen).decode(out.latents)
+            video = decode_scored(cfg, networks.build("vae", params, frozen), latents, key, update)
         with phase_scope("reward"):
             score = networks.build("reward", params, frozen)(video, batch["pool"])
             reward, guards = rewarded(cfg, score, batch)
-        kl = jnp.mean(out.kl)
+        kl = jnp.mean(kls)
         value = cfg.reward.weight * jnp.mean(reward) + cfg.reward.kl_weight * kl_factor * kl
         count = jnp.sum(score.valid)
         metrics = {
@@ -72,6 +72,14 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
         return value, metrics
 
     return loss
+
+
+def decode_scored(cfg: Config, vae: VAE, latents: Array, key: Array, update: Array | int) -> Array:
+    """The video that is scored: all of it, or the frames of `reward.frames` latent ones where there are more."""
+    count, of = cfg.reward.frames, latents.shape[1]
+    if not 0 < count < of:
+        return vae.decode(latents)
+    return vae.decode_window(latents, draw_frames(key, update, count, of), count)
 
 
 def make_gradient(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[..., Any]:

@@ -100,6 +100,34 @@ def test_caches_anywhere_give_the_same_gradient(caches):
     assert ("f32[2,2,1,1,2,2,16]" in program) == (caches == "recompute")
 
 
+def test_a_window_has_the_pixels_and_the_gradient_of_the_whole_clip():
+    sizes = VAEConfig("2.1", 4, 4, 2, (0.1, 0.2), (2.0, 3.0), (1, 1), num_res_blocks=0, temporal_downsample=(True,))
+    model = VAE(sizes, rngs=nnx.Rngs(0))
+    z = np.random.default_rng(3).normal(size=(1, 5, 2, 2, 2)).astype(np.float32)
+    of_window = jax.jit(jax.value_and_grad(lambda z, first: pulled(model.decode_window(z, first, 2)), has_aux=True))
+    pull = np.random.default_rng(4).normal(size=(1, 4, 4, 4, 3)).astype(np.float32)
+
+    def pulled(pixels):
+        return jnp.sum(pixels * pull), pixels
+
+    def of_clip(z, first):
+        pixels = jax.lax.dynamic_slice_in_dim(model.decode_whole(z), 2 * first - 1, 4, 1)
+        return pulled(pixels)
+
+    of_clip = jax.jit(jax.value_and_grad(of_clip, has_aux=True))
+    for first in (1, 3):
+        (_, want), whole = of_clip(z, first)
+        later = z.copy()
+        later[:, first + 2 :] = np.nan  # what lies behind the window is not looked at
+        (_, found), grad = of_window(later, first)
+        assert relative(found, want) < 1e-5
+        inside = slice(first, first + 2)
+        assert relative(grad[:, inside], whole[:, inside]) < 1e-4
+        # The gradient that the caches would hand on to what lies before is left out.
+        assert np.any(whole[:, :first] != 0)
+        assert np.all(grad[:, :first] == 0)
+
+
 def test_columns_over_a_mesh_equal_one_device():
     model = random_vae("2.1")
     z = jnp.asarray(np.random.default_rng(3).normal(size=(2, 3, 3, 8, model.cfg.z_dim)), jnp.float32)

@@ -4,14 +4,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
-from rfl_jax.config import Config, KLSection, RealSection
+from rfl_jax.config import Config, KLSection, RealSection, RewardSection, WindowSection
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
+from rfl_jax.sampling.real import trained_experts
 from rfl_jax.sampling.sampler import make_sampler
-from rfl_jax.training.flops import dit_flops, dit_forward, forward_passes, int8_flops
+from rfl_jax.training.flops import decoded_frames, dit_flops, dit_forward, forward_passes, int8_flops
 
 A14B = DIT_PRESETS["wan2_2_i2v_a14b"]
 
@@ -51,6 +53,32 @@ def test_real_data_takes_one_step_with_gradient_in_the_mean_over_updates(policy,
     assert less - base == pytest.approx((more - base) / 4)
     reads = [forward_passes(cfg, sampler)["dit2"] for cfg in (without, each, some)]
     assert reads[1] - reads[0] == 4 * (reads[2] - reads[0]) == forward + 1
+
+
+def test_windows_cost_what_their_steps_cost():
+    def cost(**window):
+        cfg = Config(window=WindowSection(**window))
+        return dit_flops(cfg, make_sampler(cfg), (21, 60, 60), 1)
+
+    forward = dit_forward(A14B, 18_900)
+    every, two, one = cost(), cost(steps=2), cost(steps=1)
+    assert cost(mode="random", steps=2) == cost(mode="uniform", steps=2) == cost(mode="list", list=("4", "6")) == two
+    assert cost(stop_input_gradient=True) == every
+    # A step without gradient spares the reference, the forward pass again, and the backward pass.
+    assert every[1] - two[1] == pytest.approx(2 * (two[1] - one[1]))
+    assert two[1] - one[1] == pytest.approx(2 * forward.total + forward.linear + 2.5 * forward.attention)
+    # One forward pass more than where the last step has the gradient.
+    assert cost(mode="random", steps=1, direct=True)[1] - one[1] == pytest.approx(forward.total)
+    # The real-data loss stays that of the networks that train.
+    direct = Config(window=WindowSection(steps=1, direct=True))
+    assert trained_experts(direct, make_sampler(direct)) == ("dit2",)
+
+
+def test_frames_before_those_scored_are_decoded_forward():
+    assert decoded_frames(Config(), 21) == (0, 21)
+    # A window of 5 begins at 1 to 16.
+    assert decoded_frames(Config(reward=RewardSection(frames=5)), 21) == (np.mean(range(1, 17)), 5)
+    assert decoded_frames(Config(reward=RewardSection(frames=5)), 5) == (0, 5)
 
 
 @pytest.mark.parametrize(

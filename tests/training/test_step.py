@@ -9,12 +9,13 @@ import optax
 import pytest
 from flax import nnx
 
-from rfl_jax.config import KLSection
+from rfl_jax.config import Config, KLSection, RewardSection
 from rfl_jax.errors import UserError
 from rfl_jax.models.lora import add_lora
 from rfl_jax.models.quantize import quantize
-from rfl_jax.models.wan.config import DIT_PRESETS
+from rfl_jax.models.wan.config import DIT_PRESETS, VAEConfig
 from rfl_jax.models.wan.dit import DiT
+from rfl_jax.models.wan.vae import VAE
 from rfl_jax.networks.parts import Frozen, Networks
 from rfl_jax.rewards.face import SCORE_MEAN, SCORE_STD, FaceReward
 from rfl_jax.sampling.rollout import rollout
@@ -30,7 +31,7 @@ from rfl_jax.sampling.sampler import (
 from rfl_jax.sampling.schedule import make_sigmas, plan_spans
 from rfl_jax.sharding import check_rules
 from rfl_jax.training.optim import learning_rate, optimizer
-from rfl_jax.training.step import make_loss, make_step
+from rfl_jax.training.step import decode_scored, make_loss, make_step
 from tests.golden import relative
 from tests.runs import open_run
 
@@ -227,6 +228,27 @@ def test_each_update_compares_another_step_and_all_of_them_are_the_whole_kl(sett
     assert found == [single(updates) for updates in range(16)]
     assert len(set(found)) == 4
     assert np.mean(list(set(found))) == pytest.approx(whole(0), rel=1e-5)
+
+
+def test_each_update_scores_other_frames_of_the_same_video():
+    sizes = VAEConfig("2.1", 4, 4, 2, (0.1, 0.2), (2.0, 3.0), (1, 1), num_res_blocks=0, temporal_downsample=(True,))
+    vae, key = VAE(sizes, rngs=nnx.Rngs(0)), jax.random.key(0)
+    latents = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 2, 2)), jnp.float32)
+
+    def decode(frames):
+        return jax.jit(
+            lambda update: decode_scored(Config(reward=RewardSection(frames=frames)), vae, latents, key, update)
+        )
+
+    # A clip that is not longer is scored as a whole.
+    whole, some = decode(5)(0), decode(2)
+    assert np.array_equal(whole, decode(0)(0))
+    found = set()
+    for update in range(20):
+        video = some(update)
+        (first,) = (i for i in range(1, 4) if relative(video, whole[:, 2 * i - 1 : 2 * i + 3]) < 1e-5)
+        found.add(first)
+    assert found == {1, 2, 3}
 
 
 def test_adapter_gradient_equals_finite_differences(monkeypatch, settings, tmp_path):

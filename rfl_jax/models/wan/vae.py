@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rfl_jax.models.conv import conv2d, conv3d
 from rfl_jax.models.layers import Linear, expand_to, lecun_normal
@@ -327,14 +327,43 @@ class VAE(nnx.Module):
         out = rearrange(self._scan(self.decoder, z), "n b t h w c -> b (n t) h w c")
         return pin_columns(self._unpatchify(out[:, self.cfg.stride[0] - 1 :]))
 
+    def decode_window(self, latents: Latents, first: Int[Array, ""], count: int) -> Pixels:
+        """The frames that `decode` makes of `count` latent frames from number `first` on, which is 1 at least.
+
+        The latent frames before are decoded too, without gradient, for the caches that they leave; those after are not. So
+        the pixels are the same, and the gradient with respect to these latent frames is; that with respect to earlier ones,
+        through the caches, is left out.
+
+        Args:
+            latents: [b, n+1, h, w, z].
+            first: traced, so that one program serves all windows.
+            count: at most n.
+
+        Returns:
+            [b, 4*count, h*stride, w*stride, 3], as `decode`.
+        """
+        z = rearrange(self.post_quant(self._denormalise(pin_columns(latents))), "b n h w c -> n b 1 h w c")
+        out = rearrange(self._scan(self.decoder, z, (first, count)), "n b t h w c -> b (n t) h w c")
+        return pin_columns(self._unpatchify(out))
+
     def decode_whole(self, latents: Latents) -> Pixels:
         """`decode` of all frames at once."""
         return self._unpatchify(self.decoder(self.post_quant(self._denormalise(latents)), WholeClip()))
 
-    def _scan(self, network: nnx.Module, chunks: Float[Array, "n b t h w c"]) -> Float[Array, "n b t2 h2 w2 c2"]:
+    def _scan(
+        self,
+        network: nnx.Module,
+        chunks: Float[Array, "n b t h w c"],
+        window: tuple[Int[Array, ""], int] | None = None,
+    ) -> Float[Array, "n2 b t2 h2 w2 c2"]:
+        """The network over the chunks; over so many from one of them on where a window is given, those before it without
+        gradient.
+        """
         graph, weights = nnx.split(network)
 
-        def run(chunk: Video, first: Bool[Array, ""], caches: list[Array] | None) -> tuple[list[Array], Resized]:
+        def run(
+            chunk: Video, first: Bool[Array, ""], caches: list[Array] | None, weights: nnx.State = weights
+        ) -> tuple[list[Array], Resized]:
             clock = Chunk(first, caches)
             out = nnx.merge(graph, weights)(chunk, clock)
             return clock.caches, out
@@ -345,6 +374,16 @@ class VAE(nnx.Module):
         shapes, _ = jax.eval_shape(lambda c: run(c, jnp.bool_(True), None), chunks[0])
         caches = [jnp.zeros(s.shape, s.dtype) for s in shapes]
         first = jnp.arange(chunks.shape[0]) == 0
+        if window is not None:
+            begin, count = window
+            still_chunks, still_weights = jax.lax.stop_gradient((chunks, weights))
+
+            def before(i: Array, caches: list[Array]) -> list[Array]:
+                return run(still_chunks[i], i == 0, caches, still_weights)[0]
+
+            caches = jax.lax.fori_loop(0, begin, before, caches)
+            chunks = jax.lax.dynamic_slice_in_dim(chunks, begin, count)
+            first = jnp.zeros(count, bool)
         if not self.remat:
             return jax.lax.scan(step, caches, (chunks, first))[1]
         policy = OFFLOAD_VAE_CACHES if self.caches == "offload" else None
