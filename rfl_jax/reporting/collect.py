@@ -18,7 +18,7 @@ from rfl_jax.runs import RunFolder
 
 # Larger videos are scaled down and encoded anew for the page.
 EMBEDDED_BYTES, EMBEDDED_SIDE, EMBEDDED_CRF = 400_000, 480, 28
-POSTER_QUALITY = 80
+POSTER_QUALITY = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +123,8 @@ def embed(file: epath.Path) -> Embedded:
     except (av.FFmpegError, IndexError) as error:
         raise UserError(f"{file}: expected a readable video ({error})") from None
     image = io.BytesIO()
-    poster.save(image, "JPEG", quality=POSTER_QUALITY, optimize=True)
-    return Embedded(_url("video/mp4", content), _url("image/jpeg", image.getvalue()), *poster.size)
+    poster.save(image, "WEBP", quality=POSTER_QUALITY, method=6)
+    return Embedded(_url("video/mp4", content), _url("image/webp", image.getvalue()), *poster.size)
 
 
 def _url(kind: str, content: bytes) -> str:
