@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -287,6 +288,8 @@ def test_the_page_plays_and_shows_in_a_browser(folder, browser, tmp_path, width)
     page = tmp_path / "report.html"
     done = report(folder, "-o", page)
     assert done.returncode == 0, done.stderr
+    export = shlex.join(["python", "-m", "rfl_jax.export", "--workdir", str(folder), "--dst", "lora.safetensors"])
+    assert done.stdout.splitlines()[-1] == f"next: {export}"
     opened(browser, page, width)
 
     # The numbers are the evaluation's, and nothing in names or prompts became markup.
