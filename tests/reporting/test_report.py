@@ -250,6 +250,12 @@ def answers_keys(driver):
             pressed(driver, " ")
         pressed(driver, keys)
         assert state()[:3] == expected[:3]
+    # What is told of the frame follows the pause with the next picture.
+    waits_for(
+        driver,
+        "const v = document.querySelector('.clip video');"
+        f"return +document.querySelector('.ways').dataset.at === Math.floor(v.currentTime / v.duration * {FRAMES})",
+    )
     at = int(state()[3])
     pressed(driver, "\ue014" if at < FRAMES - 1 else "\ue012")
     waits_for(driver, f"return Math.abs(document.querySelector('.ways').dataset.at - {at}) === 1")
