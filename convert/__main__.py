@@ -70,7 +70,8 @@ def main() -> None:
         return
     args = _parser().parse_args()
     if args.command == "inspect":
-        origin.show(args.directory)
+        kind = origin.show(args.directory)
+        tell_next(_after_inspection(kind, args.directory))
     elif args.command == "lora":
         _convert_lora(args)
     else:
@@ -148,7 +149,14 @@ def _convert_lora(args: argparse.Namespace) -> None:
     cfg, arrays = adapters.convert(files[0], settings.get("preset", ""), EXPERT_OPTIONS.get(args.expert, ""))
     store.save(args.dst, "lora", cfg, arrays, origin=origin.of_sources(args.src, files, "float32", expert=args.expert))
     print(f"{args.dst}: {len(arrays) // 2} adapted layers of {cfg.preset}, rank {cfg.rank}")
-    tell_next(command_line("rfl_jax.train", ["--config=CONFIG", "--workdir=DIR", f"--config.init_lora={args.dst}"]))
+    tell_next(_after_inspection("lora", args.dst))
+
+
+def _after_inspection(kind: str, directory: str) -> str:
+    """Training that begins with adapters; of weights whether training with them fits."""
+    if kind == "lora":
+        return command_line("rfl_jax.train", ["--config=CONFIG", "--workdir=DIR", f"--config.init_lora={directory}"])
+    return command_line("rfl_jax.plan", ["--config=CONFIG", "--topology=local"])
 
 
 def _remove_unfinished(directory: str) -> None:

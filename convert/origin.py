@@ -41,8 +41,11 @@ def of_sources(
     }
 
 
-def show(directory: str) -> None:
+def show(directory: str) -> str:
     """Prints component, sizes, origin and a table of parameters.
+
+    Returns:
+        the component.
 
     Raises:
         UserError: no converted weights.
@@ -65,3 +68,4 @@ def show(directory: str) -> None:
     for name, (shape, dtype) in sorted(arrays.items()):
         print(f"  {name:44s}{dtype:10s}{'x'.join(map(str, shape))}")
     print(f"{len(arrays)} arrays, {sum(math.prod(shape) for shape, _ in arrays.values()):,} parameters")
+    return content["kind"]

@@ -22,7 +22,7 @@ from rfl_jax.planning.abstract import make_plan, on_devices
 from rfl_jax.planning.compile import LEAST, MORE_MEMORY, Report, compile_plan
 from rfl_jax.planning.predict import KINDS, Prediction, check_predictable
 from rfl_jax.planning.search import PREDICTED, Tried, predicted, walk
-from rfl_jax.terminal import command_line, tell_next
+from rfl_jax.terminal import chosen_flags, command_line, tell_next
 
 
 def as_json(cfg: Config, report: Report, topology: str) -> dict[str, Any]:
@@ -128,12 +128,17 @@ def main() -> None:
             print(f"{'fastest that fits' if _SEARCH.value else 'fits with':20s}{change}")
         if best is None:
             print(f"{'fits with':20s}none of {len(tried)} variants")
-        else:
-            # What fits comes last, and so counts.
-            others = [dash + name for dash in ("-", "--") for name in ("topology", "search", "predict")]
-            kept = [word for word in sys.argv[1:] if word.partition("=")[0] not in others and word != topology]
-            tell_next(command_line("rfl_jax.train", [*kept, *_changes(best.changes), "--workdir=DIR"]))
+        tell_next(next_command(sys.argv[1:], None if best is None else best.changes))
     sys.exit(0 if shown.report.fits else 1)
+
+
+def next_command(arguments: Sequence[str], changes: dict[str, Any] | None) -> str:
+    """Training with the changes that make it fit; where none do the same question of another topology."""
+    if changes is None:
+        return command_line("rfl_jax.plan", [*chosen_flags(arguments, lambda n: n != "topology"), "--topology=LARGER"])
+    kept = chosen_flags(arguments, lambda name: name not in ("topology", "search", "predict"))
+    # What fits comes last, and so counts.
+    return command_line("rfl_jax.train", [*kept, *_changes(changes), "--workdir=DIR"])
 
 
 def _try(cfg: Config, devices: Sequence[Any]) -> list[Tried]:

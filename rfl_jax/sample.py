@@ -4,6 +4,8 @@ python -m rfl_jax.sample --config=FILE [--lora=RUN_OR_FILE] --image=FACE.png --p
 python -m rfl_jax.sample --config=FILE [--lora=RUN_OR_FILE] --csv=ROWS.csv --out=FOLDER
 """
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -19,7 +21,7 @@ from rfl_jax.hosts import is_writer
 from rfl_jax.runs import RunFolder
 from rfl_jax.sampling.options import Options, Request, options_of
 from rfl_jax.sampling.pipeline import open_pipeline
-from rfl_jax.terminal import command_line, tell_next
+from rfl_jax.terminal import chosen_flags, command_line, tell_next
 
 FPS = 16  # of the published checkpoints' clips (Wan2.2 `sample_fps`); the 5B's are 24
 
@@ -106,9 +108,28 @@ def main() -> None:
         if is_writer():
             write_video(file, video, fps=_FPS.value)
             print(f"{file}: {video.shape[0]} frames of {video.shape[2]}x{video.shape[1]}")
-    if is_writer() and _LORA.value and RunFolder(epath.Path(_LORA.value)).exists():
-        chosen = [*(["--step", _STEP.value] if _STEP.value else []), *(["--raw"] if _RAW.value else [])]
-        tell_next(command_line("rfl_jax.export", ["--workdir", _LORA.value, *chosen, "--dst", "lora.safetensors"]))
+    if is_writer():
+        step, seed = _STEP.value or "", _SEED.value + len(requests)
+        tell_next(next_command(sys.argv[1:], lora=_LORA.value or "", step=step, raw=_RAW.value, seed=seed))
+
+
+def next_command(arguments: Sequence[str], *, lora: str, step: str, raw: bool, seed: int) -> str:
+    """The export of the run that was seen; other videos of adapters that were; training where neither was.
+
+    Args:
+        arguments: of this command.
+        lora, step, raw: of its flags.
+        seed: the first that it did not use.
+    """
+    if not lora:
+        kept = chosen_flags(arguments, lambda name: name.partition(".")[0] == "config")
+        return command_line("rfl_jax.train", [*kept, "--workdir=DIR"])
+    if RunFolder(epath.Path(lora)).exists():
+        chosen = [*(["--step", step] if step else []), *(["--raw"] if raw else [])]
+        return command_line("rfl_jax.export", ["--workdir", lora, *chosen, "--dst", "lora.safetensors"])
+    kept = chosen_flags(arguments, lambda name: name not in ("seed", "out"))
+    many = bool(chosen_flags(arguments, lambda name: name == "csv"))
+    return command_line("rfl_jax.sample", [*kept, f"--seed={seed}", "--out=NEXT" if many else "--out=NEXT.mp4"])
 
 
 def _options(cfg: Config) -> Options:

@@ -6,7 +6,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -26,6 +26,17 @@ def styled(text: str, style: str, stream: Any) -> str:
 def command_line(module: str, arguments: Sequence[str]) -> str:
     """A command to copy."""
     return " ".join(["python -m", module, *map(shlex.quote, arguments)])
+
+
+def chosen_flags(arguments: Sequence[str], wanted: Callable[[str], bool]) -> list[str]:
+    """The flags whose names are wanted, with their values, written as --name=value or --name value."""
+    kept, taken = [], False
+    for word in arguments:
+        if word.startswith("-"):
+            taken = wanted(word.lstrip("-").partition("=")[0])
+        if taken:
+            kept.append(word)
+    return kept
 
 
 def tell_next(command: str) -> None:

@@ -37,6 +37,8 @@ def _train(cfg: Config, folder: RunFolder, lock: Lock) -> None:
     trained = train(run, folder, lock)
     if not trained.finished:
         print(f"stopped; the same command goes on from here ({folder})", file=sys.stderr)
+        if is_writer():
+            tell_next(command_line("rfl_jax.train", sys.argv[1:]))
         sys.exit(130)
     params = trained.state.tuned
     files = export_adapters(run, params, folder)

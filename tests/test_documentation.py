@@ -5,13 +5,15 @@ import contextlib
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 
 import pytest
 from absl import flags
 
-from rfl_jax import cli
+from rfl_jax import cli, plan, sample
+from rfl_jax.__main__ import COMMANDS
 from rfl_jax.config import parse
 from rfl_jax.data.videos import first_frame
 from tests import COMPILER
@@ -100,6 +102,40 @@ def test_parsing_refuses_what_the_commands_refuse(folder, monkeypatch, capsys):
         assert message in str(refused.value) + capsys.readouterr().err
 
 
+def test_the_next_commands_are_parsed(folder, monkeypatch):
+    """Those that a command makes of its own arguments, with the names that are the user's to replace."""
+    config = ["--config=configs/mini.py", "--config.seed", "3"]
+    sampled = [*config, "--prompt=A person nods.", "--out=a.mp4", "--seed", "5", "--steps=4"]
+    lora = "--lora=dit2=lora.safetensors"
+    given = {"step": "", "raw": False, "seed": 6}
+    asked = [*config, "--topology", "v5p-8", "--search"]
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text("{}")
+    for told, expected in (
+        (sample.next_command(sampled, lora="", **given), f"rfl_jax.train {' '.join(config)} --workdir=DIR"),
+        (
+            sample.next_command([*sampled, lora], lora="dit2=lora.safetensors", **given),
+            f"rfl_jax.sample {' '.join(config)} '--prompt=A person nods.' --steps=4 {lora} --seed=6 --out=NEXT.mp4",
+        ),
+        (
+            sample.next_command(["--csv=rows.csv", "--out=b", *config, lora], lora="dit2=lora.safetensors", **given),
+            f"rfl_jax.sample --csv=rows.csv {' '.join(config)} {lora} --seed=6 --out=NEXT",
+        ),
+        (
+            sample.next_command(["--lora=run", "--raw"], lora="run", step="best", raw=True, seed=1),
+            "rfl_jax.export --workdir run --step best --raw --dst lora.safetensors",
+        ),
+        (plan.next_command(asked, None), f"rfl_jax.plan {' '.join(config)} --search --topology=LARGER"),
+        (
+            plan.next_command(asked, {"remat_policy": "full"}),
+            f"rfl_jax.train {' '.join(config)} --config.remat_policy=full --workdir=DIR",
+        ),
+    ):
+        assert told == f"python -m {expected}"
+        _, _, module, *arguments = shlex.split(told)
+        read_arguments(module, arguments, monkeypatch)
+
+
 @pytest.mark.slow
 def test_commands_run_in_the_order_of_the_pages(folder, clip_folder):
     first_frame(clip_folder / "clip_000.mp4").save("face.png")
@@ -122,6 +158,9 @@ def test_commands_run_in_the_order_of_the_pages(folder, clip_folder):
                 [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600, check=False
             )
             assert result.returncode == 0, (block.page.name, command, result.stderr)
+            # What is there to be read by programs has no such line.
+            if module in COMMANDS and module != "rfl_jax.config" and "--json" not in arguments:
+                assert result.stdout.splitlines()[-1].startswith("next: python -m "), command
     for name in (
         "report.html",
         "video.mp4",

@@ -53,6 +53,14 @@ def test_the_nearest_name_is_told(name, known, end):
     assert did_you_mean(name, known) == end
 
 
+def test_every_command_names_the_next():
+    # The settings' page goes into a file.
+    for name in set(listing.COMMANDS) - {"rfl_jax.config"}:
+        file = ROOT / name.replace(".", "/")
+        text = (file / "__main__.py" if file.is_dir() else file.with_suffix(".py")).read_text()
+        assert "tell_next(" in text, name
+
+
 def parser():
     parser = ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)

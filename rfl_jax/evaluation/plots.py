@@ -16,7 +16,8 @@ from rfl_jax.evaluation.measures import MEASURES
 BASE, TUNED, INK, GRID = "#8a93a3", "#0b6e99", "#1f2733", "#e3e7ec"
 COLOURS = {"base": BASE, "tuned": TUNED}
 STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif", "font.size": 9, "axes.edgecolor": GRID, "axes.labelcolor": INK, "text.color": INK,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9,
+    "axes.edgecolor": GRID, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "legend.frameon": False,
     "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "svg.hashsalt": "rfl_jax",
@@ -59,7 +60,7 @@ def svg(figure: Figure, label: str) -> str:
     """
     buffer = io.StringIO()
     with rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     body = text[text.index("<svg") :]
     head, rest = body.split(">", 1)

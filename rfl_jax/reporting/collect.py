@@ -18,6 +18,7 @@ from rfl_jax.runs import RunFolder
 
 # Larger videos are scaled down and encoded anew for the page.
 EMBEDDED_BYTES, EMBEDDED_SIDE, EMBEDDED_CRF = 400_000, 480, 28
+POSTER_QUALITY = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,22 @@ def _json(file: epath.Path) -> dict[str, Any] | None:
     return read_json(file) if file.exists() else None
 
 
-def embed(file: epath.Path) -> str:
-    """A video as a data URL, smaller if it is large.
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """Attributes:
+    source: a video as a data URL.
+    poster: its frame in the middle as one, which stands for it on paper and until it has loaded.
+    width, height: in pixels.
+    """
+
+    source: str
+    poster: str
+    width: int
+    height: int
+
+
+def embed(file: epath.Path) -> Embedded:
+    """A video for the page, smaller if it is large.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -101,24 +116,41 @@ def embed(file: epath.Path) -> str:
         content = file.read_bytes()
     except OSError:
         raise UserError(f"{file}: no such video, which evaluation.json names") from None
-    if len(content) > EMBEDDED_BYTES:
-        content = _smaller(content, file)
-    return "data:video/mp4;base64," + base64.b64encode(content).decode()
-
-
-def _smaller(content: bytes, file: epath.Path) -> bytes:
-    frames = []
     try:
-        with av.open(io.BytesIO(content), "r") as container:
-            rate = container.streams.video[0].average_rate
-            for frame in container.decode(video=0):
-                image = frame.to_image()
-                scale = min(1.0, EMBEDDED_SIDE / max(image.size))
-                size = tuple(max(2, round(side * scale) // 2 * 2) for side in image.size)
-                frames.append(np.asarray(image.resize(size, Image.Resampling.LANCZOS)))
+        if len(content) > EMBEDDED_BYTES:
+            content = _smaller(content)
+        poster = _middle(content)
     except (av.FFmpegError, IndexError) as error:
         raise UserError(f"{file}: expected a readable video ({error})") from None
+    image = io.BytesIO()
+    poster.save(image, "WEBP", quality=POSTER_QUALITY, method=6)
+    return Embedded(_url("video/mp4", content), _url("image/webp", image.getvalue()), *poster.size)
+
+
+def _url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _smaller(content: bytes) -> bytes:
+    frames = []
+    with av.open(io.BytesIO(content), "r") as container:
+        rate = container.streams.video[0].average_rate
+        for frame in container.decode(video=0):
+            image = frame.to_image()
+            scale = min(1.0, EMBEDDED_SIDE / max(image.size))
+            size = tuple(max(2, round(side * scale) // 2 * 2) for side in image.size)
+            frames.append(np.asarray(image.resize(size, Image.Resampling.LANCZOS)))
     return encode_video(np.stack(frames), fps=round(rate or 16), crf=EMBEDDED_CRF)
+
+
+def _middle(content: bytes) -> Image.Image:
+    """Frame n // 2 of n."""
+    with av.open(io.BytesIO(content), "r") as container:
+        number = container.streams.video[0].frames // 2
+        for i, frame in enumerate(container.decode(video=0)):
+            if i == number:
+                return frame.to_image()
+    raise IndexError("it ends early")
 
 
 def changed(config: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, bool]]:

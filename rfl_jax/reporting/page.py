@@ -1,7 +1,9 @@
 """The page of a run: numbers, plots and videos in one file that needs nothing else."""
 
+import itertools
 import json
 import secrets
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +18,8 @@ from rfl_jax.training.actions import told
 
 WAYS = ("reference", "base", "tuned")
 TITLES = {"reference": "real clip", "base": "before", "tuned": "after"}
+# What the page opens with.
+RANKS = ("gains most", "gains least")
 # Samples of training on the page of a run that is not evaluated yet.
 LAST_SAMPLES = 3
 
@@ -25,7 +29,7 @@ def render(run: Run, *, most: int) -> str:
 
     Args:
         run: as it is now.
-        most: clips in the gallery, those that training helped least first.
+        most: clips shown: the one that training helped most, then those that it helped least.
 
     Raises:
         UserError: its files do not say what a run writes there, or name a video that is not there.
@@ -55,7 +59,7 @@ def _render(run: Run, most: int) -> str:
         charts=[(title, drawing.replace("<style ", f'<style nonce="{nonce}" ')) for title, drawing in _charts(run)],
         clips=_clips(run, most),
         clips_in_all=len(run.evaluation["clips"]) if run.evaluation else 0,
-        samples=[] if run.evaluation else [(f.name, embed(f)) for f in run.samples[-LAST_SAMPLES:]],
+        samples=[] if run.evaluation else _samples(run),
         titles=TITLES,
         settings=changed(run.config, plain(Config())),
         about=run.about,
@@ -136,23 +140,51 @@ def _charts(run: Run) -> list[tuple[str, str]]:
 
 
 def _clips(run: Run, most: int) -> list[dict[str, Any]]:
-    """Clips with their videos, those that the judging embedder sees gain least first."""
+    """Clips with their videos: the one that the judging embedder sees gain most, then from the one that gains least on."""
     if not run.evaluation:
         return []
 
     def gain(clip: dict[str, Any]) -> float:
         return clip["tuned"]["judge_sim"] - clip["base"]["judge_sim"]
 
+    chosen = sorted(run.evaluation["clips"], key=gain)
+    chosen = (chosen[-1:] + chosen[:-1])[:most]
     clips = []
-    for clip in sorted(run.evaluation["clips"], key=gain)[:most]:
+    for clip, rank in zip(chosen, itertools.chain(RANKS, itertools.repeat("")), strict=False):
+        values = [value for way in WAYS for value in clip[way]["frames"]["judge_sim"] if value is not None]
+        low, high = min(values, default=0.0), max(values, default=1.0)
         videos = [
             {
                 "way": way,
-                "source": embed(run.evaluation_video(clip[way]["file"])),
-                "frames": json.dumps(clip[way]["frames"]),
+                "label": f"{clip['video']}, {TITLES[way]}",
+                "video": embed(run.evaluation_video(clip[way]["file"])),
+                "frames": json.dumps({name: clip[way]["frames"][name] for name in ("judge_sim", "box")}),
+                "curve": curve(clip[way]["frames"]["judge_sim"], low, high),
                 "measures": {k: clip[way].get(k) for k in ("face_sim", "judge_sim", "motion", "copying")},
             }
             for way in WAYS
         ]
-        clips.append({"video": clip["video"], "prompt": clip["prompt"], "gain": gain(clip), "videos": videos})
+        clips.append(
+            {
+                "video": clip["video"], "prompt": clip["prompt"], "gain": gain(clip), "rank": rank, "videos": videos,
+                "frames": len(clip["reference"]["frames"]["judge_sim"]), "low": low, "high": high,
+            }
+        )  # fmt: skip
     return clips
+
+
+def _samples(run: Run) -> list[dict[str, Any]]:
+    """The last videos that training wrote."""
+    return [{"way": "", "label": file.name, "video": embed(file), "frames": ""} for file in run.samples[-LAST_SAMPLES:]]
+
+
+def curve(values: Sequence[float | None], low: float, high: float) -> str:
+    """The path of values by frame in an SVG, frame t at x = t, high at y = 0 and low at y = 100; broken where there is none."""
+    path, broken = "", True
+    for frame, value in enumerate(values):
+        if value is not None:
+            y = 100 * (high - value) / (high - low or 1.0)
+            # A frame between two without a face is a dot: a line of no length, whose ends are round.
+            path += f"{'M' if broken else 'L'}{frame} {y:.1f}" + ("h0" if broken else "")
+        broken = value is None
+    return path

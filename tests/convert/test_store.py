@@ -117,8 +117,9 @@ def test_an_interrupted_conversion_leaves_nothing_and_runs_again(tmp_path, monke
 
 def test_inspect_tells_origin_and_parameters(tmp_path, monkeypatch, capsys):
     command(monkeypatch, "vae", "--src", ASSETS / "vae" / VAE_FILE, "--dst", tmp_path / "vae", "--dtype", "bfloat16")
-    capsys.readouterr()
-    command(monkeypatch, "inspect", tmp_path / "vae")
+    folder = tmp_path / "vae"
+    assert capsys.readouterr().out.endswith(f"\nnext: python -m convert inspect {folder}\n")
+    command(monkeypatch, "inspect", folder)
     shown = capsys.readouterr().out
     size = (ASSETS / "vae" / VAE_FILE).stat().st_size
     digest = hashlib.sha256((ASSETS / "vae" / VAE_FILE).read_bytes()).hexdigest()
@@ -127,6 +128,7 @@ def test_inspect_tells_origin_and_parameters(tmp_path, monkeypatch, capsys):
     assert "dtype       bfloat16" in shown
     assert "mapping_version" in shown
     assert "decoder.conv_in.kernel" in shown
+    assert shown.endswith("\nnext: python -m rfl_jax.plan --config=CONFIG --topology=local\n")
     arrays = load_file(ASSETS / "vae" / VAE_FILE)
     assert f"{sum(x.size for x in arrays.values()):,} parameters" in shown
     with pytest.raises(UserError, match="expected weights written by python -m convert"):

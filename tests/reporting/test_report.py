@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def folder(tmp_path):
     (run / "run.json").write_text(json.dumps(about))
     clips = []
     for i in range(CLIPS):
-        found = {"reference": scored(i, 1, 0.9), "base": scored(i, 1, 0.6), "tuned": scored(i + 10, 0.5, 0.5 + 0.1 * i)}
+        found = {"reference": scored(i, 1, 0.9), "base": scored(i, 1, 0.6), "tuned": scored(i + 11, 0.5, 0.5 + 0.1 * i)}
         clip = {"video": f"clip_{i} {HOSTILE}.mp4", "prompt": f"A <b>person</b> & friends. {HOSTILE}"}
         for way, one in found.items():
             write_video(run / "evaluation" / f"{i:03d}_{way}.mp4", one.video)
@@ -131,11 +132,170 @@ def waits_for(driver, condition):
     return WebDriverWait(driver, 30).until(ask)
 
 
+def pressed(driver, *keys):
+    from selenium.webdriver import ActionChains
+
+    ActionChains(driver).send_keys(*keys).perform()
+
+
+def rectangles(driver, query):
+    """Left, top, right and bottom of what is found in the first clip."""
+    return driver.execute_script(
+        "return [...document.querySelector('.clip').querySelectorAll(arguments[0])].map(e => e.getBoundingClientRect())"
+        ".map(r => [r.left, r.top, r.right, r.bottom])",
+        query,
+    )
+
+
+def plays_in_step(driver, clip):
+    """Videos in sight play, and what stands over and under them is the evaluation's of the frame that they are at."""
+    driver.execute_script("document.querySelector('.clip').scrollIntoView()")
+    waits_for(
+        driver, "const v = document.querySelector('.clip video'); return !v.paused && v.currentTime > 0 && v.videoWidth"
+    )
+    assert driver.execute_script("return document.querySelector('.clip video').videoWidth") == SIZE
+    waits_for(driver, "return +document.querySelector('.ways').dataset.at > 1")
+    driver.execute_script("document.getElementById('play').click()")
+    waits_for(driver, "return [...document.querySelectorAll('video')].every(v => v.paused)")
+    for at in (3, FRAMES - 1):
+        driver.execute_script(
+            "const s = document.querySelector('.seek input'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))", at
+        )  # fmt: skip
+        waits_for(driver, f"return document.querySelector('.ways').dataset.at === '{at}'")
+        frames = driver.execute_script(
+            "return [...document.querySelector('.clip').querySelectorAll('video')]"
+            f".map(v => Math.floor(v.currentTime / v.duration * {FRAMES}))"
+        )
+        assert frames == [at] * 3
+        said = driver.execute_script(
+            "return [...document.querySelector('.clip').querySelectorAll('.now')].map(e => e.textContent)"
+        )
+        heads, curves = rectangles(driver, ".head"), rectangles(driver, ".curve")
+        boxes, screens = rectangles(driver, ".box"), rectangles(driver, ".screen")
+        for i, way in enumerate(("reference", "base", "tuned")):
+            value, box = (clip[way]["frames"][name][at] for name in ("judge_sim", "box"))
+            assert said[i] == ("no face" if value is None else f"{value:.3f}")
+            left, _, right, _ = curves[i]
+            assert heads[i][0] == pytest.approx(left + at / (FRAMES - 1) * (right - left), abs=1)
+            left, top, right, _ = screens[i]
+            drawn = np.subtract(boxes[i], [left, top, left, top]) * SIZE / (right - left)
+            if box is None:
+                assert boxes[i] == [0, 0, 0, 0]
+            else:
+                np.testing.assert_allclose(drawn, box, atol=0.2)
+    assert clip["tuned"]["frames"]["box"][-1] is None
+    # A curve takes its video to where it is pressed.
+    driver.execute_script("""
+        const curve = document.querySelector('.curve'), { left, width } = curve.getBoundingClientRect();
+        curve.dispatchEvent(new PointerEvent('pointerdown', { clientX: left + width / 4, buttons: 1 }));
+    """)
+    waits_for(driver, f"return document.querySelector('.ways').dataset.at === '{(FRAMES - 1) // 4}'")
+    # It has a point for each frame with a face.
+    line = driver.execute_script(
+        "return [...document.querySelector('.clip').querySelectorAll('.curve .tuned')].map(e => e.getAttribute('d'))"
+    )
+    assert len(re.findall(r"[ML]", line[0])) == FRAMES - 1
+
+
+def compares(driver):
+    """Before and after lie over each other, and the slider, which keys move, says how much is seen of which."""
+    assert rectangles(driver, ".base .screen") == rectangles(driver, ".tuned .screen")
+    ((left, top, right, bottom),) = rectangles(driver, ".wipe input")
+    # Where an element is clipped it is not found.
+    side = """
+        document.querySelector('.wipe').style.pointerEvents = 'none';
+        const found = document.elementFromPoint(arguments[0], arguments[1]).closest('figure').className;
+        document.querySelector('.wipe').style.pointerEvents = '';
+        return found;
+    """
+
+    def seen(share):
+        return driver.execute_script(side, left + share * (right - left), top + 0.9 * (bottom - top))
+
+    assert [seen(0.45), seen(0.55)] == ["base", "tuned"]
+    driver.execute_script("document.querySelector('.wipe input').focus()")
+    pressed(driver, *["\ue014"] * 20)  # the right arrow
+    assert [seen(0.65), seen(0.75)] == ["base", "tuned"]
+    # So does a press on the picture.
+    driver.execute_script(
+        "arguments[0].scrollIntoView({ block: 'center' })", driver.find_element("css selector", ".wipe")
+    )
+    ((left, top, right, bottom),) = rectangles(driver, ".wipe input")
+    x, y = left + 0.25 * (right - left), (top + bottom) / 2
+    for kind in ("mousePressed", "mouseReleased"):
+        driver.execute_cdp_cmd(
+            "Input.dispatchMouseEvent", {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
+        )
+    assert [seen(0.2), seen(0.3)] == ["base", "tuned"]
+
+
+def answers_keys(driver):
+    """Keys do what is said of them, unless they are switched off or belong to what has the focus."""
+
+    def state():
+        return driver.execute_script("""return [
+            document.getElementById('play').textContent, document.querySelector('main').className,
+            document.activeElement.dataset.clip, document.querySelector('.ways').dataset.at]""")
+
+    clips = driver.execute_script("return [...document.querySelectorAll('.clip')].map(c => c.dataset.clip)")
+    driver.execute_script("document.activeElement.blur()")
+    for keys, expected in (
+        ("j", ["Pause", "slide", clips[1], None]),
+        ("k", ["Pause", "slide", clips[0], None]),
+        ("b", ["Pause", "slide bare", clips[0], None]),
+        ("bs", ["Pause", "", clips[0], None]),
+        ("s ", ["Play", "slide", clips[0], None]),
+    ):
+        if expected[0] == "Pause" and state()[0] == "Play":
+            pressed(driver, " ")
+        pressed(driver, keys)
+        assert state()[:3] == expected[:3]
+    # What is told of the frame follows the pause with the next picture.
+    waits_for(
+        driver,
+        "const v = document.querySelector('.clip video');"
+        f"return +document.querySelector('.ways').dataset.at === Math.floor(v.currentTime / v.duration * {FRAMES})",
+    )
+    at = int(state()[3])
+    pressed(driver, "\ue014" if at < FRAMES - 1 else "\ue012")
+    waits_for(driver, f"return Math.abs(document.querySelector('.ways').dataset.at - {at}) === 1")
+    # What has the focus is seen to have it.
+    assert driver.execute_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    driver.execute_script("document.getElementById('keys').click()")
+    before = state()
+    pressed(driver, "bsj ")
+    assert state() == before
+    driver.execute_script("document.getElementById('keys').click()")
+
+
+def prints(driver):
+    """On paper before and after stand beside each other, as pictures."""
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert driver.execute_script(
+        "return [...document.querySelectorAll('video, .bar, .seek, .wipe')].every(e => getComputedStyle(e).display === 'none')"
+    )
+    assert driver.execute_script("return [...document.images].map(i => i.naturalWidth)") == [SIZE] * 3 * CLIPS
+    (_, before, after), texts = (
+        rectangles(driver, "img"),
+        driver.execute_script("return [...document.images].map(i => i.alt)"),
+    )
+    assert before[2] < after[0]
+    assert before[3] - before[1] == pytest.approx(before[2] - before[0], abs=1)
+    assert [text.rpartition(", ")[2] for text in texts[:3]] == [
+        f"{name}: the frame in the middle" for name in ("real clip", "before", "after")
+    ]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_plays_and_shows_in_a_browser(folder, browser, tmp_path, width):
+    from axe_core_python.selenium import Axe
+
     page = tmp_path / "report.html"
     done = report(folder, "-o", page)
     assert done.returncode == 0, done.stderr
+    export = shlex.join(["python", "-m", "rfl_jax.export", "--workdir", str(folder), "--dst", "lora.safetensors"])
+    assert done.stdout.splitlines()[-1] == f"next: {export}"
     opened(browser, page, width)
 
     # The numbers are the evaluation's, and nothing in names or prompts became markup.
@@ -152,27 +312,22 @@ def test_the_page_plays_and_shows_in_a_browser(folder, browser, tmp_path, width)
         "return document.querySelector('.clip').textContent"
     )
 
-    # Worst first, each with its three videos.
+    # The best first, then from the worst on, each with its three videos.
     order = browser.execute_script("return [...document.querySelectorAll('.clip')].map(c => c.dataset.clip)")
     gains = {c["video"]: c["tuned"]["judge_sim"] - c["base"]["judge_sim"] for c in result["clips"]}
-    assert order == sorted(gains, key=gains.get)
+    *others, best = sorted(gains, key=gains.get)
+    assert order == [best, *others]
     assert browser.execute_script("return document.querySelectorAll('video').length") == 3 * CLIPS
+    ranks = browser.execute_script("return [...document.querySelectorAll('.rank')].map(r => r.textContent)")
+    assert ranks == ["gains most", "gains least"]
 
-    # Those in sight play: time passes, frames are decoded, the box is drawn where the face is.
-    browser.execute_script("document.querySelector('.clip').scrollIntoView()")
-    waits_for(
-        browser,
-        "const v = document.querySelector('.clip video'); return !v.paused && v.currentTime > 0 && v.videoWidth",
-    )
-    assert browser.execute_script("return document.querySelector('.clip video').videoWidth") == SIZE
-    waits_for(browser, "return +document.querySelector('.clip video').dataset.frame > 1")
-    drawn = """const c = document.querySelector('.clip canvas');
-        return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((x, i) => i % 4 === 3 && x > 0)"""
-    waits_for(browser, drawn)
-    browser.execute_script("document.getElementById('boxes').click()")
-    waits_for(browser, drawn.replace("return c", "return !c"))
-    browser.execute_script("document.getElementById('play').click()")
-    waits_for(browser, "return [...document.querySelectorAll('video')].every(v => v.paused)")
+    plays_in_step(browser, next(clip for clip in result["clips"] if clip["video"] == best))
+    compares(browser)
+    answers_keys(browser)
+    prints(browser)
+    # A check of accessibility by others' rules: nothing that they find serious.
+    found = Axe().run(browser)["violations"]
+    assert [(v["id"], v["nodes"]) for v in found if v["impact"] in ("serious", "critical")] == []
 
     # Plots have lines, and each is as wide as its card.
     charts = browser.execute_script(
@@ -186,8 +341,7 @@ def test_the_page_plays_and_shows_in_a_browser(folder, browser, tmp_path, width)
     # Nothing sticks out, nothing is asked of a network, nothing complains.
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     console = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-    # That pixels are read back so often is this test's doing.
-    assert [entry for entry in console if "getImageData" not in entry["message"]] == []
+    assert console == []
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
     assert urls
@@ -210,11 +364,34 @@ def test_the_page_plays_and_shows_in_a_browser(folder, browser, tmp_path, width)
     waits_for(browser, counted)
     assert browser.execute_script("return document.title") == title
 
+    # Who wants no motion gets none: the frames in the middle, until Play is pressed.
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]}
+    )
+    browser.get(f"file://{page}")
+    browser.execute_script("document.querySelector('.clip').scrollIntoView()")
+    waits_for(browser, f"return document.querySelector('.ways').dataset.at === '{FRAMES // 2}'")
+    assert browser.execute_script("return [...document.querySelectorAll('video')].every(v => v.paused)")
+    browser.execute_script("document.getElementById('play').click()")
+    waits_for(browser, f"return document.querySelector('.ways').dataset.at !== '{FRAMES // 2}'")
+
+    # A run that is not evaluated shows its samples by the same means.
+    (folder / "evaluation.json").unlink()
+    write_video(folder / "samples" / "step_000001.mp4", moving(0, 1)[0])
+    page.write_text(render(read_run(RunFolder(folder)), most=3))
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    browser.get(f"file://{page}")
+    browser.execute_script("document.querySelector('.clip').scrollIntoView()")
+    waits_for(browser, "return document.querySelector('video').currentTime > 0")
+    pressed(browser, " ")
+    assert browser.execute_script("return document.querySelector('video').paused")
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
 
 def test_names_and_prompts_stay_text_and_only_the_pages_own_script_runs(folder):
     page = render(read_run(RunFolder(folder)), most=CLIPS)
     assert page.count("&lt;img src=x onerror=") >= 2 * CLIPS
-    assert "<img" not in page
+    assert "<img src=x" not in page
     policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)[1]
     assert "default-src 'none'" in policy
     nonce = re.search(r"script-src 'nonce-([\w-]+)'", policy)[1]
@@ -260,7 +437,7 @@ def test_large_videos_are_made_smaller_for_the_page(tmp_path, monkeypatch):
     file = epath.Path(tmp_path / "large.mp4")
     write_video(file, noise)
     assert file.stat().length > collect.EMBEDDED_BYTES
-    content = base64.b64decode(embed(file).partition(",")[2])
+    content = base64.b64decode(embed(file).source.partition(",")[2])
     assert len(content) < file.stat().length / 2
     small = epath.Path(tmp_path / "small.mp4")
     small.write_bytes(content)

@@ -285,6 +285,7 @@ def test_the_command_takes_a_run_its_checkpoints_and_many_rows(settings, faces, 
     done = sample(*common, "--out", tmp_path / "last.mp4")
     assert done.returncode == 0, done.stderr
     assert "5 frames of 64x64" in done.stdout
+    assert done.stdout.endswith(f"\nnext: python -m rfl_jax.export --workdir {run} --dst lora.safetensors\n")
     last = frames_of(tmp_path / "last.mp4")
 
     # The same from Python; an earlier checkpoint and the untrained network give other videos.

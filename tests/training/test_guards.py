@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -194,7 +195,9 @@ def test_a_preempted_host_saves_ends_and_goes_on(tmp_path, clip_folder):
 
     def start(*more):
         command = [sys.executable, "-m", "rfl_jax.train", *options, *more]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     first = start("--config.max_steps=1000")
     while not (tmp_path / "metrics.jsonl").exists():
@@ -205,7 +208,12 @@ def test_a_preempted_host_saves_ends_and_goes_on(tmp_path, clip_folder):
     assert second.returncode == 2
     assert f"process {first.pid} on" in refused.splitlines()[-1]
     first.send_signal(signal.SIGTERM)
-    assert "the same command goes on from here" in first.communicate()[1]
+    told, errors = first.communicate()
+    assert "the same command goes on from here" in errors
+    assert (
+        told.splitlines()[-1]
+        == f"next: {shlex.join(['python', '-m', 'rfl_jax.train', *options])} --config.max_steps=1000"
+    )
     assert first.returncode == 130
     (step,) = (int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert not RunFolder(epath.Path(tmp_path)).lock.exists()
