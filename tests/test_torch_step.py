@@ -22,6 +22,7 @@ def run(*arguments, start=("-m", "benchmarks.torch_step")):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow  # the command compares them, too, before it measures
 def test_score_loss_and_gradients_are_pytorchs(settings, tmp_path):
     pytest.importorskip("torch")
     from benchmarks.torch_side import TorchSide
