@@ -18,8 +18,15 @@ Queries = Float[Array, "b n k d"]
 Keys = Float[Array, "b s k d"]  # and values
 Kernel = Callable[[Queries, Keys, Keys, int], Queries]  # the last argument is the number of real keys
 
-# Of the five tried within 2 % of the fewest cycles on v5p at 18,900 tokens (python -m benchmarks.attention_tiles).
-TILES = Tiles(queries=1024, keys=1024, chunk=512)
+# Tiles from so many keys on, for heads 128 wide. Of those tried these take, forward and backward together, the fewest cycles on
+# each of v5e, v5p and v6e within 2 % (python -m benchmarks.attention_tiles, at 18,900, 32,760 and 75,600 tokens); the larger
+# ones 4 to 5 % fewer than the smaller ones on v6e, 1 to 2 % on v5p.
+TILES = {32_000: Tiles(queries=1024, keys=2048, chunk=512), 0: Tiles(queries=1024, keys=1024, chunk=512)}
+
+
+def tiles_for(keys: int) -> Tiles:
+    """How flash attention is cut over so many keys."""
+    return next(tiles for least, tiles in TILES.items() if keys >= least)
 
 
 def _xla(q: Queries, k: Keys, v: Keys, length: int) -> Queries:
@@ -37,7 +44,7 @@ def _cudnn(q: Queries, k: Keys, v: Keys, length: int) -> Queries:
 def _flash(q: Queries, k: Keys, v: Keys, length: int, *, interpret: bool = False) -> Queries:
     k, v = k[:, :length], v[:, :length]
     heads = (rearrange(x, "b n k d -> (b k) n d") for x in (q, k, v))
-    out = flash_attention(*heads, tiles=TILES, interpret=interpret)
+    out = flash_attention(*heads, tiles=tiles_for(length), interpret=interpret)
     return rearrange(out, "(b k) n d -> b n k d", b=q.shape[0])
 
 
