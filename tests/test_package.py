@@ -114,7 +114,7 @@ def example(name):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-@pytest.mark.parametrize("name", sorted(file.name for file in EXAMPLES.glob("*.*")))
+@pytest.mark.parametrize("name", sorted(file.name for file in EXAMPLES.glob("*.*") if file.suffix != ".ipynb"))
 def test_examples_start_a_training_that_its_flags_allow(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     (training,) = (found for words in example(name) if (found := ours(words)))

@@ -18,15 +18,19 @@ from rfl_jax.planning.abstract import bytes_per_device, make_plan, on_devices
 from rfl_jax.planning.compile import compile_plan, largest_arguments
 from rfl_jax.planning.search import changed, least_bytes, variants, walk
 from rfl_jax.remat import NAMES
+from tests import COMPILER
 from tests.runs import open_run
 
 MINI = ["--config=configs/mini.py", "--config.train_batch_size=4"]
 
 
+# As a user has it: one device, not the tests' eight.
+ONE_DEVICE = os.environ | {"XLA_FLAGS": COMPILER, "PYTHONPATH": "."}
+
+
 def plan(*arguments, timeout=600):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-m", "rfl_jax.plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=ONE_DEVICE, timeout=timeout, check=False)
 
 
 GUARDED = {
@@ -108,12 +112,11 @@ def test_bytes_are_those_of_a_real_run(tmp_path, clip_folder):
         "thread.join()\n"
         "print(peak - before)\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": "."}
     measured = subprocess.run(
         [sys.executable, script, tmp_path, clip_folder / "metadata.csv"],
         capture_output=True,
         text=True,
-        env=environment,
+        env=ONE_DEVICE,
         timeout=600,
         check=False,
     )

@@ -184,6 +184,7 @@ def test_storage_errors_are_told_from_others(capsys):
             raise error
 
 
+@pytest.mark.slow
 def test_a_preempted_host_saves_ends_and_goes_on(tmp_path, clip_folder):
     """By the real command; beside it no other trains in the folder."""
     environment = os.environ | {"XLA_FLAGS": COMPILER}

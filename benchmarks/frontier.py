@@ -1,0 +1,213 @@
+"""What each guard and each window makes of the miniature: the likeness that is won, the motion that it costs, the time it takes.
+
+    python -m benchmarks.frontier --dir=DIR --page=docs/frontier.md [--only=NAME,...] [--seeds=0,1] [--shorter='--config.max_steps=2']
+
+Every row is a run of its own in DIR, by the command that anybody types, with a row's settings beside the miniature's. The same
+command goes on where it stopped. The page has a table and a plot; with --page, they are written there.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from rfl_jax.chips import answer_libtpu
+from rfl_jax.evaluation.plots import INK, STYLE, TUNED
+from rfl_jax.files import write_whole
+
+# Settings of each row, beside the miniature's own.
+ROWS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "no guard": {"reward.kl_weight": 0},
+    "KL 0.3": {"reward.kl_weight": 0.3},
+    "KL 3": {"reward.kl_weight": 3},
+    "KL within 0.002": {"reward.kl_weight": 0.1, "kl.target": 0.002},
+    "KL of one step of 4": {"kl.every": 4},
+    "real data 0.1": {"real.weight": 0.1},
+    "real data 0.3": {"real.weight": 0.3},
+    "real data 0.3, every 2nd": {"real.weight": 0.3, "real.every": 2},
+    "motion": {"motion.weight": 1},
+    "copying": {"motion.copy_weight": 1},
+    "ceiling": {"reward.ceiling": True},
+    "average 0.9": {"ema.decay": 0.9},
+    "all guards": {"real.weight": 0.1, "motion.weight": 1, "motion.copy_weight": 1, "reward.ceiling": True, "ema.decay": 0.9},
+    "last step": {"window.steps": 1},
+    "last 2 steps": {"window.steps": 2},
+    "2 even steps": {"window.mode": "uniform", "window.steps": 2},
+    "1 random step": {"window.mode": "random", "window.steps": 1},
+    "2 random steps": {"window.mode": "random", "window.steps": 2},
+    "each step by itself": {"window.stop_input_gradient": True},
+    "direct": {"window.mode": "random", "window.steps": 1, "window.direct": True},
+    "1 latent frame": {"reward.frames": 1},
+    "high-noise expert": {"trainable_models": "dit", "lora_base_model": "dit", "mid_timestep": 0, "max_timestep_boundary": 1},
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What a row came to, the mean over its seeds.
+
+    Attributes:
+        name: of the row.
+        settings: as flags.
+        likeness: FaceSim by the judging embedder after training.
+        gain: of that, relative to before.
+        motion: change, relative to before.
+        sharpness: change, relative to before.
+        seconds: of an update, the median.
+        alarms: validations that raised the alarm, of all seeds together.
+        seeds: how many.
+    """
+
+    name: str
+    settings: str
+    likeness: float
+    gain: float
+    motion: float
+    sharpness: float
+    seconds: float
+    alarms: int
+    seeds: int
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """A row's settings as the command takes them."""
+    return [f"--config.{name}={value}" for name, value in settings.items()]
+
+
+def train(folder: Path, row: str, seed: int, cache: Path, shorter: Sequence[str]) -> None:
+    """Runs or ends a row.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    command = [
+        sys.executable, "-m", "rfl_jax.train", "--config=configs/mini.py", f"--workdir={folder}", f"--config.seed={seed}",
+        f"--config.data.cache_dir={cache}", *shorter, *flags(ROWS[row]),
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise SystemExit(f"{row}, seed {seed}: {(ended.stderr.strip().splitlines() or ['no message'])[-1]}")
+
+
+def read(folder: Path) -> dict[str, float]:
+    """The figures of a run that ended."""
+    result = json.loads((folder / "evaluation.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    def change(name: str) -> float:
+        return result[name]["tuned"] / result[name]["base"] - 1
+
+    return {
+        "likeness": result["judge_sim"]["tuned"],
+        "gain": change("judge_sim"),
+        "motion": change("motion"),
+        "sharpness": change("sharpness"),
+        # The first step compiles.
+        "seconds": statistics.median(line["step_time_s"] for line in lines[1:] or lines),
+        "alarms": sum(bool(line.get("alarm")) for line in lines),
+    }
+
+
+def point(name: str, runs: Sequence[dict[str, float]]) -> Point:
+    """A row's figures over its seeds."""
+    means = {key: statistics.fmean(run[key] for run in runs) for key in runs[0] if key != "alarms"}
+    alarms = sum(int(run["alarms"]) for run in runs)
+    return Point(name=name, settings=" ".join(flags(ROWS[name])), alarms=alarms, seeds=len(runs), **means)
+
+
+def dominated(points: Sequence[Point]) -> set[str]:
+    """Rows beside which another one wins no less likeness, keeps no less motion and takes no more time, and is better in one of
+    these.
+    """
+
+    def beats(a: Point, b: Point) -> bool:
+        first, second = ((p.likeness, p.motion, -p.seconds) for p in (a, b))
+        return all(x >= y for x, y in zip(first, second, strict=True)) and first != second
+
+    return {b.name for b in points if any(beats(a, b) for a in points)}
+
+
+def table(points: Sequence[Point]) -> str:
+    """Markdown, the greatest likeness first."""
+    worse = dominated(points)
+    lines = [
+        "| row | settings | FaceSim, judge | gain | motion | sharpness | s an update | alarms | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for p in sorted(points, key=lambda p: -p.likeness):
+        settings = f"`{p.settings}`" if p.settings else ""
+        figures = (
+            f"{p.likeness:.3f} | {p.gain:+.1%} | {p.motion:+.1%} | {p.sharpness:+.1%} | {p.seconds:.2f} | {p.alarms}"
+        )
+        lines.append(f"| {p.name} | {settings} | {figures} | {'dominated' if p.name in worse else ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(points: Sequence[Point]) -> Figure:
+    """Likeness against motion, each point with its row's name; those that are dominated are hollow."""
+    worse = dominated(points)
+    with rc_context(STYLE):
+        figure = Figure((8.5, 5.5), layout="constrained")
+        axes = figure.add_subplot()
+        for p in points:
+            face = "none" if p.name in worse else TUNED
+            axes.scatter(100 * p.motion, p.likeness, 30, edgecolors=TUNED, facecolors=face)
+            axes.annotate(
+                p.name, (100 * p.motion, p.likeness), (5, 3), textcoords="offset points", fontsize=7, color=INK
+            )
+        axes.set_xlabel("change of motion, %")
+        axes.set_ylabel("FaceSim by the judging embedder")
+        axes.set_title("Held-out clips after training")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="frontier", description=str(__doc__).split("\n")[0])
+    parser.add_argument("--dir", type=Path, required=True, help="folder of the runs")
+    parser.add_argument(
+        "--page", type=Path, help="Markdown file to write, its plot beside it; else the table is printed"
+    )
+    parser.add_argument("--only", help="names of rows, separated by commas; all by default")
+    parser.add_argument("--seeds", default="0", help="separated by commas")
+    parser.add_argument("--shorter", default="", help="further flags of every run")
+    args = parser.parse_args()
+    names = args.only.split(",") if args.only else list(ROWS)
+    for name in names:
+        if name not in ROWS:
+            parser.error(f"--only: {name}: expected some of {', '.join(ROWS)}")
+    if not all(seed.isdigit() for seed in args.seeds.split(",")):
+        parser.error(f"--seeds: {args.seeds}: expected whole numbers, separated by commas")
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    points = []
+    for name in tqdm(names, desc="rows", disable=None):
+        folders = [args.dir / f"{name.replace(' ', '_')}-{seed}" for seed in seeds]
+        for seed, folder in zip(seeds, folders, strict=True):
+            if not (folder / "evaluation.json").exists():
+                train(folder, name, seed, args.dir / "cache", shlex.split(args.shorter))
+        points.append(point(name, [read(folder) for folder in folders]))
+    if args.page is None:
+        print(table(points), end="")
+        return
+    picture = args.page.with_suffix(".svg")
+    with rc_context(STYLE):
+        plot(points).savefig(picture)
+    head = "# The frontier\n\nWritten by `python -m benchmarks.frontier`: "
+    text = f"{head}the miniature with each row's settings, {len(seeds)} seed{'s' * (len(seeds) > 1)} each.\n\n"
+    write_whole(args.page, f"{text}![likeness against motion]({picture.name})\n\n{table(points)}")
+    print(f"{args.page}: {len(points)} rows")
+
+
+if __name__ == "__main__":
+    answer_libtpu()
+    main()
