@@ -49,6 +49,7 @@ def test_its_commands_are_parsed(notebook, folder, monkeypatch):
         read_arguments(module, arguments, monkeypatch)
 
 
+@pytest.mark.slow
 def test_its_miniature_runs(notebook, folder, clip_folder, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", COMPILER)
     more = " ".join(
