@@ -35,7 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "KL of one step of 4": {"kl.every": 4},
     "real data 0.1": {"real.weight": 0.1},
     "real data 0.3": {"real.weight": 0.3},
-    "real data 0.3, every 2nd": {"real.weight": 0.3, "real.every": 2},
+    "real data 0.3 every 2nd": {"real.weight": 0.3, "real.every": 2},
     "motion": {"motion.weight": 1},
     "copying": {"motion.copy_weight": 1},
     "ceiling": {"reward.ceiling": True},
@@ -203,7 +203,7 @@ def main() -> None:
     with rc_context(STYLE):
         plot(points).savefig(picture)
     head = "# The frontier\n\nWritten by `python -m benchmarks.frontier`: "
-    text = f"{head}the miniature with each row's settings, {len(seeds)} seed{'s' * (len(seeds) > 1)} each.\n\n"
+    text = f"{head}the miniature with each row's settings beside its own, {len(seeds)} seed{'s' * (len(seeds) > 1)} each.\n\n"
     write_whole(args.page, f"{text}![likeness against motion]({picture.name})\n\n{table(points)}")
     print(f"{args.page}: {len(points)} rows")
 
