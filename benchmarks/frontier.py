@@ -158,14 +158,24 @@ def plot(points: Sequence[Point]) -> Figure:
     """Likeness against motion, each point with its row's name; those that are dominated are hollow."""
     worse = dominated(points)
     with rc_context(STYLE):
-        figure = Figure((8.5, 5.5), layout="constrained")
+        figure = Figure((8.5, 7), layout="constrained")
         axes = figure.add_subplot()
-        for p in points:
+        # Neighbours' names go to different sides.
+        sides = (((6, 4), "left"), ((-6, -9), "right"), ((6, -9), "left"), ((-6, 4), "right"))
+        for i, p in enumerate(sorted(points, key=lambda p: p.likeness)):
             face = "none" if p.name in worse else TUNED
             axes.scatter(100 * p.motion, p.likeness, 30, edgecolors=TUNED, facecolors=face)
+            offset, side = sides[i % len(sides)]
             axes.annotate(
-                p.name, (100 * p.motion, p.likeness), (5, 3), textcoords="offset points", fontsize=7, color=INK
+                p.name,
+                (100 * p.motion, p.likeness),
+                offset,
+                textcoords="offset points",
+                fontsize=7,
+                color=INK,
+                horizontalalignment=side,
             )
+        axes.margins(x=0.12)
         axes.set_xlabel("change of motion, %")
         axes.set_ylabel("FaceSim by the judging embedder")
         axes.set_title("Held-out clips after training")
