@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from rfl_jax.rewards.motion import EXPRESSION_SCALE, POSE_SCALE
+from rfl_jax.rewards import motion as of_videos
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,33 +83,13 @@ class Scored:
 
 
 def motion(kps: Float[np.ndarray, "t 5 2"], mask: Bool[np.ndarray, " t"]) -> float:
-    """Mean absolute displacement of the five points between neighbouring frames that both have a face, in pixels."""
-    both = mask[1:] & mask[:-1]
-    return float(np.abs(np.diff(kps, axis=0))[both].mean()) if both.any() else 0.0
+    """`rfl_jax.rewards.motion.motion` of one video, in pixels."""
+    return float(of_videos.motion(kps[None].astype(np.float64), mask[None])[0])
 
 
 def copying(kps: Float[np.ndarray, "t 5 2"], mask: Bool[np.ndarray, " t"]) -> float:
-    """How much the later frames repeat the pose and the expression of frame 0, 1 for a video that stands still.
-
-    A frame's points are those of frame 0 after a similarity transform (pose: place, size, turn in the picture) and a
-    rest (expression, and turns out of the picture). Both are measured in sizes of the face, root mean square:
-    the mean of exp(-pose / 0.2) and exp(-rest / 0.05), over later frames with a face.
-    """
-    later = np.flatnonzero(mask[1:]) + 1
-    if not mask[0] or not later.size:
-        return 0.0
-    first = kps[0].astype(np.float64) @ np.array([1, 1j])
-    centre = first.mean()
-    size = np.sqrt(np.mean(np.abs(first - centre) ** 2))
-    values = []
-    for points in kps[later].astype(np.float64) @ np.array([1, 1j]):
-        # Least-squares similarity: one complex factor and an offset.
-        factor = np.vdot(first - centre, points - points.mean()) / np.sum(np.abs(first - centre) ** 2)
-        fitted = points.mean() + factor * (first - centre)
-        pose = np.sqrt(np.mean(np.abs(fitted - first) ** 2)) / size
-        rest = np.sqrt(np.mean(np.abs(points - fitted) ** 2)) / size
-        values.append((np.exp(-pose / POSE_SCALE) + np.exp(-rest / EXPRESSION_SCALE)) / 2)
-    return float(np.mean(values))
+    """`rfl_jax.rewards.motion.copying` of one video, 0..1."""
+    return float(of_videos.copying(kps[None].astype(np.float64), mask[None])[0])
 
 
 def dynamics(video: UInt8[np.ndarray, "t h w 3"]) -> float:

@@ -5,52 +5,69 @@ fooled), so motion is no term of the loss: it weighs the samples. A weight takes
 does not move it.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-Points = Float[Array, "b t 5 2"]
-Found = Bool[Array, "b t"]
+# Of jax while training, of numpy in evaluation: each array knows the functions of its own kind.
+Either = Array | np.ndarray
+Points = Float[Either, "b t 5 2"]
+Found = Bool[Either, "b t"]
 
 # Displacements, in sizes of the face, at which the similarity to the first frame has fallen to 1/e: a fifth of the
 # face's size for where it is and how it is turned in the picture, a twentieth for its points among each other.
 POSE_SCALE, EXPRESSION_SCALE = 0.2, 0.05
 
 
-def motion(kps: Points, mask: Found) -> Float[Array, " b"]:
+def _functions(array: Any) -> Any:
+    """Those of the array's kind."""
+    return array.__array_namespace__()
+
+
+def motion(kps: Points, mask: Found) -> Float[Either, " b"]:
     """Mean absolute displacement of the five points between neighbouring frames that both have a face, in pixels; 0 where
-    no two have one. The batched form of `rfl_jax.evaluation.measures.motion`.
+    no two have one.
     """
+    xp = _functions(kps)
     both = mask[:, 1:] & mask[:, :-1]
-    moved = jnp.mean(jnp.abs(jnp.diff(kps, axis=1)), (2, 3))
-    return _mean(moved, both)
+    return _mean(xp.mean(xp.abs(kps[:, 1:] - kps[:, :-1]), axis=(2, 3)), both)
 
 
-def copying(kps: Points, mask: Found) -> Float[Array, " b"]:
-    """How much the later frames repeat the pose and the expression of frame 0, 0..1. The batched form of
-    `rfl_jax.evaluation.measures.copying`, which says how.
+def copying(kps: Points, mask: Found) -> Float[Either, " b"]:
+    """How much the later frames repeat the pose and the expression of frame 0, 1 for a video that stands still; 0 where frame 0 or
+    all later ones have no face.
+
+    A frame's points are those of frame 0 after a similarity transform (pose: place, size, turn in the picture) and a
+    rest (expression, and turns out of the picture). Both are measured in sizes of the face, root mean square:
+    the mean of exp(-pose / 0.2) and exp(-rest / 0.05), over later frames with a face.
     """
-    centres = jnp.mean(kps, 2, keepdims=True)
+    xp = _functions(kps)
+    centres = xp.mean(kps, axis=2, keepdims=True)
     shapes = kps - centres
     first = shapes[:, :1]
-    square = jnp.maximum(jnp.sum(first**2, (2, 3)), jnp.finfo(jnp.float32).tiny)
+    # No face is a point.
+    square = xp.maximum(xp.sum(first**2, axis=(2, 3)), xp.asarray(np.finfo(np.float32).tiny, dtype=kps.dtype))
     # Least-squares similarity: one complex factor, and an offset that the centres tell.
-    real = jnp.sum(first * shapes, (2, 3)) / square
-    imaginary = jnp.sum(first[..., 0] * shapes[..., 1] - first[..., 1] * shapes[..., 0], 2) / square
-    turned = jnp.stack([-first[..., 1], first[..., 0]], -1)
+    real = xp.sum(first * shapes, axis=(2, 3)) / square
+    imaginary = xp.sum(first[..., 0] * shapes[..., 1] - first[..., 1] * shapes[..., 0], axis=2) / square
+    turned = xp.stack([-first[..., 1], first[..., 0]], axis=-1)
     fitted = real[..., None, None] * first + imaginary[..., None, None] * turned
-    size = jnp.sqrt(square / 5)
+    size = xp.sqrt(square / 5)
 
-    def distance(moved: Points) -> Float[Array, "b t"]:
-        return jnp.sqrt(jnp.mean(jnp.sum(moved**2, 3), 2)) / size
+    def distance(moved: Points) -> Float[Either, "b t"]:
+        return xp.sqrt(xp.mean(xp.sum(moved**2, axis=3), axis=2)) / size
 
     pose = distance(fitted - first + centres - centres[:, :1])
-    alike = (jnp.exp(-pose / POSE_SCALE) + jnp.exp(-distance(shapes - fitted) / EXPRESSION_SCALE)) / 2
+    alike = (xp.exp(-pose / POSE_SCALE) + xp.exp(-distance(shapes - fitted) / EXPRESSION_SCALE)) / 2
     return _mean(alike[:, 1:], mask[:, 1:] & mask[:, :1])
 
 
-def _mean(values: Float[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, " b"]:
+def _mean(values: Float[Either, "b n"], mask: Bool[Either, "b n"]) -> Float[Either, " b"]:
     """Mean of each row's masked values; 0 where there are none."""
-    return jnp.sum(jnp.where(mask, values, 0), 1) / jnp.maximum(jnp.sum(mask, 1), 1)
+    xp = _functions(values)
+    return xp.sum(xp.where(mask, values, 0), axis=1) / xp.maximum(xp.sum(mask, axis=1), 1)
 
 
 def moving_share(motion: Float[Array, " b"], real: Float[Array, " b"], weight: float) -> Float[Array, " b"]:

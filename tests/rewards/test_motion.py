@@ -9,17 +9,42 @@ from rfl_jax.rewards.motion import copying, motion, moving_share, own_share
 from tests.rewards.test_face import random_kps
 
 
-def test_they_are_what_evaluation_measures():
+def plain_motion(kps, mask):
+    both = mask[1:] & mask[:-1]
+    return np.abs(np.diff(kps, axis=0))[both].mean() if both.any() else 0.0
+
+
+def plain_copying(kps, mask):
+    """Frame by frame, with points as complex numbers."""
+    later = np.flatnonzero(mask[1:]) + 1
+    if not mask[0] or not later.size:
+        return 0.0
+    first = kps[0] @ np.array([1, 1j])
+    centre = first.mean()
+    size = np.sqrt(np.mean(np.abs(first - centre) ** 2))
+    values = []
+    for points in kps[later] @ np.array([1, 1j]):
+        factor = np.vdot(first - centre, points - points.mean()) / np.sum(np.abs(first - centre) ** 2)
+        fitted = points.mean() + factor * (first - centre)
+        pose, rest = (np.sqrt(np.mean(np.abs(x) ** 2)) / size for x in (fitted - first, points - fitted))
+        values.append((np.exp(-pose / 0.2) + np.exp(-rest / 0.05)) / 2)
+    return np.mean(values)
+
+
+def test_training_and_evaluation_measure_what_a_plain_loop_does():
     rng = np.random.default_rng(0)
     kps = np.stack([random_kps(rng, 1) + rng.normal(0, spread, (6, 5, 2)) for spread in (0.2, 1, 3, 3, 3, 3)])
     kps[1] = kps[1, :1]  # stands still
     mask = np.ones((6, 6), bool)
     mask[2, 3] = mask[3, 0] = mask[4, 1:] = False
     mask[5] = False
-    kps = np.where(mask[..., None, None], kps, 0).astype(np.float32)
-    for ours, theirs in ((motion, measures.motion), (copying, measures.copying)):
-        found = np.asarray(jax.jit(ours)(kps, mask))
-        np.testing.assert_allclose(found, [theirs(*row) for row in zip(kps, mask, strict=True)], rtol=1e-4, atol=1e-6)
+    kps = np.where(mask[..., None, None], kps, 0)
+    for ours, evaluated, plain in ((motion, measures.motion, plain_motion), (copying, measures.copying, plain_copying)):
+        expected = [plain(*row) for row in zip(kps, mask, strict=True)]
+        found = np.asarray(jax.jit(ours)(kps.astype(np.float32), mask))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        found = [evaluated(*row) for row in zip(kps, mask, strict=True)]
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_video_keeps_its_reward_where_it_moves_as_the_real_clip_does():
