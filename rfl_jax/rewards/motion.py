@@ -70,14 +70,14 @@ def _mean(values: Float[Either, "b n"], mask: Bool[Either, "b n"]) -> Float[Eith
     return xp.sum(xp.where(mask, values, 0), axis=1) / xp.maximum(xp.sum(mask, axis=1), 1)
 
 
-def moving_share(motion: Float[Array, " b"], real: Float[Array, " b"], weight: float) -> Float[Array, " b"]:
+def moving_share(motion: Float[Either, " b"], real: Float[Array, " b"], weight: float) -> Float[Array, " b"]:
     """What a sample keeps by its motion: 1 from the real clip's motion on, `1 - weight` where it stands still, in proportion
     between; 1 where the real clip stands still.
     """
     return 1 - weight * jnp.where(real > 0, jnp.maximum(1 - motion / jnp.where(real > 0, real, 1), 0), 0)
 
 
-def own_share(copying: Float[Array, " b"], real: Float[Array, " b"], weight: float) -> Float[Array, " b"]:
+def own_share(copying: Float[Either, " b"], real: Float[Array, " b"], weight: float) -> Float[Array, " b"]:
     """What a sample keeps by its copying: 1 up to the real clip's, `1 - weight` where it only repeats its first frame (1), in
     proportion between.
     """
