@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from convert import dit, store
-from convert.lora import Lora, UnfitError, adapters, expert_of
+from convert.lora import Lora, UnfitError, adapters, experts_of
 from convert.readers import Checkpoint
 from rfl_jax.errors import UserError
 from rfl_jax.models.lora import TARGETS, LoraConfig
@@ -40,12 +40,13 @@ def convert(file: str, preset: str = "", expert: str = "") -> tuple[LoraConfig, 
     raise UserError(f"{refusals[closest]}; expected adapters of {closest}{'' if preset else ', the closest preset'}")
 
 
-def network_of(file: str) -> str:
-    """The network that a file's header, or the prefix of its keys, says its adapters are of; empty if none does."""
+def networks_of(file: str) -> tuple[str, ...]:
+    """The networks that a file's header, or the prefixes of its keys, say its adapters are of; empty if none does."""
     if store.is_converted(file):
-        return ""
+        return ()
     checkpoint = Checkpoint([Path(file)], prefixes=())
-    return checkpoint.metadata.get("network", "") or expert_of(checkpoint.shapes)
+    named = checkpoint.metadata.get("network", "")
+    return (named,) if named else experts_of(checkpoint.shapes)
 
 
 def read(source: str, preset: str, targets: Sequence[str], rank: int, expert: str = "") -> dict[str, np.ndarray]:

@@ -24,6 +24,13 @@ LORA_FORMATS = {
     "peft": ("diffusers", "base_model.model.{module}.lora_{half}.weight"),
     "comfyui": ("original", "diffusion_model.{module}.lora_{half}.weight"),
 }
+# What the experts are called where these names are at home: in diffusers' pipelines, in ComfyUI's files, in the run's folder.
+EXPERTS = {
+    "original": {"dit": "dit", "dit2": "dit2"},
+    "diffusers": {"dit": "transformer", "dit2": "transformer_2"},
+    "peft": {"dit": "transformer", "dit2": "transformer_2"},
+    "comfyui": {"dit": "high_noise", "dit2": "low_noise"},
+}
 SHARD_BYTES = 5_000_000_000
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -48,6 +55,19 @@ def adapter_file(arrays: Mapping[str, np.ndarray], kind: str, metadata: Mapping[
     stored = {key: np.ascontiguousarray(x) for key, x in sorted(tensors.items())}
     entries = [Entry(key, x.shape, x.dtype, lambda x=x: x) for key, x in stored.items()]
     return _header(entries, metadata) + b"".join(x.tobytes() for x in stored.values())
+
+
+def expert_file(file: Path, kind: str, network: str) -> Path:
+    """The file of one expert, where both are written: lora.safetensors becomes lora_transformer_2.safetensors. PEFT reads
+    folders, in which all files have the same names: theirs become folders.
+
+    Args:
+        file: as it would be for one network alone.
+        kind: of `LORA_FORMATS`.
+        network: "dit" or "dit2".
+    """
+    name = EXPERTS[kind][network]
+    return file.parent / name / file.name if kind == "peft" else file.with_stem(f"{file.stem}_{name}")
 
 
 def adapter_config(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

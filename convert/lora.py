@@ -103,10 +103,14 @@ def take_apart(key: str) -> Key | None:
     return Key(key, KOHYA_PREFIX.sub(KOHYA, module), SUFFIXES[suffix], expert, said)
 
 
-def expert_of(keys: Iterable[str]) -> str:
-    """The expert that the prefixes of a file's keys name: "dit", "dit2", or empty for none or both."""
+def experts_of(keys: Iterable[str]) -> tuple[str, ...]:
+    """The experts that the prefixes of a file's keys name: "dit", "dit2", both or none. Beside adapters of the low-noise
+    expert those without such a prefix are of the high-noise one.
+    """
     found = {key.expert for key in map(take_apart, keys) if key}
-    return found.pop() if len(found) == 1 else ""
+    if "dit2" in found and len(found) > 1:
+        return "dit", "dit2"
+    return tuple(found - {""}) if len(found) == 1 else ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -418,6 +418,10 @@ class Config(Original):
         """Whether a network's own weights train, not adapters."""
         return network in self.trainable_models and network not in self.adapted
 
+    def named_in(self, network: str) -> str:
+        """The setting that makes a network train."""
+        return "lora_base_model" if network in self.adapted else "trainable_models"
+
     def quantizes(self, network: str) -> bool:
         """Whether a DiT's weights are kept as 8-bit integers."""
         return self.frozen_weights == "int8" and network in ("dit", "dit2") and not self.trains_in_full(network)

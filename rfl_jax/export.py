@@ -1,7 +1,8 @@
 """What a run trained, for other tools: `python -m rfl_jax.export --workdir RUN --dst FILE.safetensors`.
 
 Adapters in the naming of `--format`, or with `--merged` the whole network with the adapters merged into it: of a run with
-`ema.decay` their average, or with `--raw` the weights themselves. RUN is a folder or gs://.
+`ema.decay` their average, or with `--raw` the weights themselves. Where both experts trained, each has a file of its own, with
+its name in that naming: FILE_transformer.safetensors and FILE_transformer_2.safetensors. RUN is a folder or gs://.
 """
 
 import argparse
@@ -53,30 +54,39 @@ class Trained:
         return is_adapters(self.arrays)
 
 
-def read_run(folder: RunFolder, step: str = "", network: str = "", *, raw: bool = False) -> Trained:
-    """The trained weights of a run's checkpoint.
+def trained_experts(checkpoint: epath.Path, network: str = "") -> list[str]:
+    """The DiTs that a checkpoint has something trained of, or the one of them that is asked for.
+
+    Args:
+        checkpoint: from `find_checkpoint`.
+        network: "dit" or "dit2"; all by default.
+
+    Raises:
+        UserError: none trained, or another.
+    """
+    trained = trained_networks(checkpoint)
+    networks = [name for name in trained if name in NETWORKS and network in ("", name)]
+    if not networks:
+        raise UserError(f"--network: {network or 'dit'}: the run trained {', '.join(trained)}")
+    return networks
+
+
+def read_expert(folder: RunFolder, checkpoint: epath.Path, network: str, *, raw: bool = False) -> Trained:
+    """The trained weights of one network in a run's checkpoint.
 
     Args:
         folder: of the run.
-        step: of the checkpoint, as in `find_checkpoint`.
-        network: "dit" or "dit2"; needed where both train.
+        checkpoint: from `find_checkpoint`.
+        network: one of `trained_experts`.
         raw: the weights themselves, where the checkpoint has their average.
 
     Raises:
-        UserError: no such run, checkpoint or network.
+        UserError: the run's configuration or its metrics cannot be read, or there is no average beside the raw weights.
     """
-    checkpoint = find_checkpoint(folder, step)
     config = folder.read_config()
     preset, rank = config.get("preset"), config.get("lora_rank")
     if type(preset) is not str or type(rank) is not int:
         raise UserError(f"{folder.config}: preset={preset!r}, lora_rank={rank!r}, expected the configuration of a run")
-    trained = trained_networks(checkpoint)
-    networks = [name for name in trained if name in NETWORKS]
-    if not networks or (network and network not in networks):
-        raise UserError(f"--network: {network or 'dit'}: the run trained {', '.join(trained)}")
-    if not network and len(networks) > 1:
-        raise UserError(f"--network: the run trained {' and '.join(networks)}, expected one of them")
-    network = network or networks[0]
     average = takes_average(checkpoint, raw=raw)
     arrays = read_network(checkpoint, network, average=average)
     metadata = {
@@ -111,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--step", default="", help="of the checkpoint, or best; default: the last")
     parser.add_argument("--raw", action="store_true", help="the weights themselves, where the run keeps their average")
-    parser.add_argument("--network", default="", choices=("", *NETWORKS), help="needed where both train")
+    parser.add_argument("--network", default="", choices=("", *NETWORKS), help="one of two that trained")
     parser.add_argument(
         "--format", default="diffusers", choices=tuple(export.LORA_FORMATS), help="naming of the layers"
     )
@@ -126,24 +136,39 @@ def main() -> None:
     file = Path(args.dst)
     if file.suffix != ".safetensors":
         raise UserError(f"--dst: {args.dst}: expected a name that ends in .safetensors")
-    if file.exists() or file.with_name(f"{file.name}.index.json").exists():
-        raise UserError(f"--dst: {args.dst}: exists already, expected a new file")
     if args.merged and args.format not in dit.NAMINGS:
         raise UserError(f"--format: {args.format}: whole weights have the naming {' or '.join(dit.NAMINGS)}")
     if args.dtype and not args.merged:
         raise UserError("--dtype: of merged weights only; adapters are float32")
-    trained = read_run(RunFolder(epath.Path(args.workdir)), args.step, args.network, raw=args.raw)
-    if not args.merged and not trained.adapted:
-        raise UserError(f"--merged: expected, as the run trained {trained.network} in full")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(epath.Path(args.workdir))
+    # Found once: where the run still trains, both experts are to be of one step.
+    checkpoint = find_checkpoint(folder, args.step)
+    networks = trained_experts(checkpoint, args.network)
+    files = {name: export.expert_file(file, args.format, name) if networks[1:] else file for name in networks}
+    for own in files.values():
+        if own.exists() or own.with_name(f"{own.name}.index.json").exists():
+            raise UserError(f"--dst: {own}: exists already, expected a new file")
+    found = (read_expert(folder, checkpoint, name, raw=args.raw) for name in networks)
     if args.merged:
-        _write_merged(trained, file, args.format, args.dtype)
-        source = str(file) if file.exists() else f"{file}.index.json"
-        tell_next(command_line("convert", ["dit", "--src", source, "--dst", str(file.with_suffix(""))]))
-    else:
-        _write_adapters(trained, file, args.format)
-        preset = [f"--config={trained.config['preset']}", f"--lora={trained.network}={file}"]
-        tell_next(command_line("rfl_jax.sample", [*preset, "--image=FACE.png", "--prompt=TEXT", "--out=video.mp4"]))
+        # One after the other: a network in full may fill the memory.
+        for trained in found:
+            own = files[trained.network]
+            own.parent.mkdir(parents=True, exist_ok=True)
+            _write_merged(trained, own, args.format, args.dtype)
+            source = str(own) if own.exists() else f"{own}.index.json"
+            tell_next(command_line("convert", ["dit", "--src", source, "--dst", str(own.with_suffix(""))]))
+        return
+    read = list(found)
+    whole = [trained.network for trained in read if not trained.adapted]
+    if whole:
+        others = [f", or --network {trained.network}" for trained in read if trained.adapted]
+        raise UserError(f"--merged: expected, as the run trained {' and '.join(whole)} in full{''.join(others)}")
+    for trained in read:
+        files[trained.network].parent.mkdir(parents=True, exist_ok=True)
+        _write_adapters(trained, files[trained.network], args.format)
+    lora = ",".join(f"{name}={own}" for name, own in files.items())
+    preset = [f"--config={read[0].config['preset']}", f"--lora={lora}"]
+    tell_next(command_line("rfl_jax.sample", [*preset, "--image=FACE.png", "--prompt=TEXT", "--out=video.mp4"]))
 
 
 def _write_adapters(trained: Trained, file: Path, kind: str) -> None:

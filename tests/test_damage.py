@@ -20,7 +20,7 @@ from rfl_jax.data.dataset import make_iterator
 from rfl_jax.data.metadata import Clip
 from rfl_jax.data.videos import read_image
 from rfl_jax.errors import UserError
-from rfl_jax.export import read_run
+from rfl_jax.export import read_expert
 from rfl_jax.files import parse_json
 from rfl_jax.miniature.world import ASSETS, DIT_FILES, JUDGE_FILE, T5_FILE, VAE_FILE
 from rfl_jax.runs import RunFolder
@@ -208,7 +208,7 @@ def test_an_export_of_no_configuration(tmp_path, content):
     (folder.checkpoints / "2").mkdir(parents=True)
     folder.config.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"config\.json: preset=.*, lora_rank=.*, expected the configuration of a run"):
-        read_run(folder)
+        read_expert(folder, folder.checkpoints / "2", "dit2")
 
 
 def test_lines_of_metrics_that_are_none(tmp_path):

@@ -3,7 +3,8 @@ gradient, guidance; and the networks with a batch's conditioning bound to them.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from rfl_jax.models.wan.conditioning import conditioning_of
 from rfl_jax.models.wan.config import DIT_PRESETS, DiTConfig
 from rfl_jax.networks.parts import Frozen, Networks, States
 from rfl_jax.sampling.rollout import Expert, Latents, Velocity
-from rfl_jax.sampling.schedule import Span, make_sigmas, plan_spans
+from rfl_jax.sampling.schedule import TRAIN_TIMESTEPS, Span, experts_at, make_sigmas, plan_spans
 from rfl_jax.sampling.window import choose_window
 
 Batch = Mapping[str, Array]
@@ -88,13 +89,7 @@ def make_sampler(cfg: Config) -> Sampler:
     first = max(cfg.mid_timestep, above)
     plan = partial(plan_spans, sigmas, boundary=boundary, mid=first, final=cfg.final_timestep)
     spans = plan()
-    reached = {span.expert for span in spans if span.gradient}
-    for name in set(cfg.trained) & {"dit", "dit2"}:
-        if name not in reached:
-            raise UserError(
-                f"config.trainable_models: {name} serves no step with gradient (steps {cfg.mid_timestep} to "
-                f"{cfg.final_timestep}), expected one of {', '.join(sorted(reached))} or a lower mid_timestep"
-            )
+    _check_reached(cfg, sigmas, experts_at(sigmas[:-1] * TRAIN_TIMESTEPS, boundary), above)
     experts = [span.expert for span in spans for _ in range(span.start, span.stop)]
     window = choose_window(cfg, experts, first)
     drawn: dict[Span, int] = {}
@@ -123,6 +118,41 @@ def make_sampler(cfg: Config) -> Sampler:
     if cfg.kl.every > 1:
         _check_groups(cfg, sampler)
     return sampler
+
+
+def _check_reached(cfg: Config, sigmas: Float[np.ndarray, " n"], experts: Sequence[str], above: int) -> None:
+    """Raises UserError where a DiT trains that takes no step with gradient: it would stay as it is.
+
+    Args:
+        cfg: of the run.
+        sigmas: noise levels, one more than steps.
+        experts: the network of each step.
+        above: first step that `max_timestep_boundary` lets have a gradient.
+    """
+    first, final = max(cfg.mid_timestep, above), cfg.final_timestep
+    reached = set(experts[first : final + 1])
+    for name in (name for name in ("dit", "dit2") if name in cfg.trained and name not in reached):
+        key = cfg.named_in(name)
+        steps = [i for i, expert in enumerate(experts) if expert == name]
+        if not steps:
+            raise UserError(f"config.{key}: {name} takes no denoising step, expected {experts[0]}")
+        last, ways = min(steps[-1], final), []
+        if steps[0] > final:
+            ways.append(f"final_timestep of at least {steps[0]}")
+        elif cfg.mid_timestep > last:
+            ways.append(f"mid_timestep of at most {last}")
+        if above > last >= steps[0]:
+            # Rounded up, so that the number that is told is enough.
+            ways.append(f"max_timestep_boundary of at least {math.ceil(float(sigmas[last]) * 1e4) / 1e4:g}")
+        other = f"{' and '.join(sorted(reached))}, or " if reached else ""
+        raise UserError(
+            f"config.{key}: {name} serves no step with gradient: it takes {_steps_told(steps[0], steps[-1])}, those with "
+            f"gradient are {_steps_told(first, final)}; expected {other}{' and '.join(ways)}"
+        )
+
+
+def _steps_told(first: int, last: int) -> str:
+    return "none" if first > last else f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def _check_groups(cfg: Config, sampler: Sampler) -> None:

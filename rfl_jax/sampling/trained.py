@@ -24,8 +24,8 @@ def read_trained(cfg: Config, source: str, step: str = "", *, raw: bool = False)
     Args:
         cfg: configuration of the pipeline.
         source: folder of a run; or a file of adapters in any naming that `convert.lora` reads, or
-            NETWORK=FILE[,NETWORK=FILE], which says which expert a file is for (by default the one that its header
-            names, else the low-noise one). Empty: none.
+            [NETWORK=]FILE[,[NETWORK=]FILE], which says which expert a file is for (by default the one that its header
+            names, else that of its keys, which may be both, else the low-noise one). Empty: none.
         step: of the run's checkpoint, or "best"; the last by default.
         raw: the weights themselves, where the checkpoint has their average.
 
@@ -44,18 +44,22 @@ def read_trained(cfg: Config, source: str, step: str = "", *, raw: bool = False)
     if step or raw:
         raise UserError(f"--{'step' if step else 'raw'}: {source} is no run, whose checkpoint could be chosen")
     experts = ("dit", "dit2")[: experts_of(cfg)]
-    found = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     for item in source.split(","):
         network, _, file = item.rpartition("=")
         if not epath.Path(file).exists():
             raise UserError(f"--lora: {file}: no such run or file of adapters")
-        # A file with adapters of both experts is refused unless one of them is named.
-        named = network or adapters.network_of(file)
-        network = named or experts[-1]
-        if network not in experts:
-            raise UserError(f"--lora: {item}: {cfg.preset} has no {network}, expected {' or '.join(experts)}")
-        converted = store.is_converted(file)
-        found[network] = store.restore(file) if converted else adapters.convert(file, cfg.preset, named)[1]
+        for named in (network,) if network else adapters.networks_of(file) or ("",):
+            network = named or experts[-1]
+            if network not in experts:
+                raise UserError(f"--lora: {item}: {cfg.preset} has no {network}, expected {' or '.join(experts)}")
+            if network in found:
+                raise UserError(
+                    f"--lora: {item}: {network} has adapters of a file before it already, expected one for each network: "
+                    "NETWORK=FILE,NETWORK=FILE says which"
+                )
+            converted = store.is_converted(file)
+            found[network] = store.restore(file) if converted else adapters.convert(file, cfg.preset, named)[1]
     return found
 
 

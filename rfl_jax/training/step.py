@@ -132,6 +132,13 @@ def accumulate(grad: Callable[..., Any], batch: Batch, like: States) -> tuple[St
     return jax.tree.map(lambda g: g / count, total), metrics
 
 
+def _norms(grads: States) -> Metrics:
+    """The norm of each network's gradients, where several train: one that is much the larger leaves the others little of
+    `max_grad_norm`.
+    """
+    return {f"grad_norm_{name}": optax.tree.norm(part) for name, part in grads.items()}
+
+
 def make_step(
     cfg: Config, networks: Networks, sampler: Sampler, tx: optax.GradientTransformation, schedule: optax.Schedule
 ) -> Step:
@@ -170,6 +177,7 @@ def make_step(
             "face_score": jnp.sum(metrics["score_sum"]) / jnp.maximum(jnp.sum(metrics["score_count"]), 1),
             "kl_loss": jnp.mean(metrics["kl_loss"]),
             "grad_norm": optax.tree.norm(grads),
+            **(_norms(grads) if len(grads) > 1 else {}),
             "no_face_fraction": jnp.mean(metrics["no_face_fraction"]),
             "learning_rate": schedule(state.step) * state.factors["learning_rate"],
             "finite": finite & finite_weights(kept.params),

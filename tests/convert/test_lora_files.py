@@ -241,12 +241,12 @@ def test_the_expert_that_is_asked_for_is_read(first, second, shapes, tmp_path):
         lora.Lora(file, dit.NAMINGS, shapes)
     with pytest.raises(UserError, match=r"adapters of both experts"):
         adapters.convert(str(file))
-    assert adapters.network_of(str(file)) == ""
+    assert adapters.networks_of(str(file)) == ("dit", "dit2")
     for expert, want in tensors.items():
         (delta,) = lora.Lora(file, dit.NAMINGS, shapes, expert).deltas.values()
         assert np.array_equal(delta.factors()[0].T, next(iter(want.values())))
     save_file(tensors["dit2"], file)
-    assert adapters.network_of(str(file)) == "dit2"
+    assert adapters.networks_of(str(file)) == ("dit2",)
     assert len(lora.Lora(file, dit.NAMINGS, shapes).deltas) == 1
     with pytest.raises(UserError, match=r"of the low-noise expert alone .*expected those of the high-noise expert"):
         lora.Lora(file, dit.NAMINGS, shapes, "dit")

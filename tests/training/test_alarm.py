@@ -12,9 +12,9 @@ import pytest
 from etils import epath
 
 from rfl_jax.errors import UserError
-from rfl_jax.export import read_run
+from rfl_jax.export import read_expert
 from rfl_jax.models.weights import flat_arrays
-from rfl_jax.runs import RunFolder
+from rfl_jax.runs import RunFolder, find_checkpoint
 from rfl_jax.sampling.trained import read_trained
 from rfl_jax.training import checkpoint as checkpoint_module
 from rfl_jax.training.checkpoint import Checkpoints
@@ -150,7 +150,7 @@ def test_an_alarm_lowers_the_rate_and_the_run_resumes_to_the_last_bit(climbing, 
     assert json.loads((whole / "run.json").read_text())["tuned"] == "average"
     for raw, weights, word in ((False, trained.state.average, "average"), (True, trained.state.params, "raw")):
         want = {name: np.asarray(x) for name, x in flat_arrays(weights["dit2"]).items()}
-        exported = read_run(RunFolder(whole), raw=raw)
+        exported = read_expert(RunFolder(whole), find_checkpoint(RunFolder(whole)), "dit2", raw=raw)
         assert exported.metadata["weights"] == word
         for found in (exported.arrays, read_trained(cfg, str(whole), raw=raw)["dit2"]):
             assert found.keys() == want.keys()
@@ -190,4 +190,4 @@ def test_an_alarm_ends_the_run_with_the_best_weights(climbing, tmp_path, monkeyp
     assert equal(snapshot(earlier.average), snapshot(trained.state.params))
     assert snapshot(earlier.factors) == [1, 1]
     with pytest.raises(UserError, match=r"--raw: .*/9 holds no average"):
-        read_run(folder, "9", raw=True)
+        read_expert(folder, find_checkpoint(folder, "9"), "dit2", raw=True)
