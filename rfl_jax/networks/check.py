@@ -29,7 +29,9 @@ def check_weights(cfg: Config, sources: Sources) -> None:
     """
     preset = DIT_PRESETS[cfg.preset]
     if "dit2" in cfg.trained and not sources.dit2:
-        raise UserError(f"config.{cfg.named_in('dit2')}: dit2 is named, but one network serves all steps of this preset")
+        raise UserError(
+            f"config.{cfg.named_in('dit2')}: dit2 is named, but one network serves all steps of this preset"
+        )
 
     def need(file: str, name: str, found: Any, expected: Any) -> None:
         if found != expected:

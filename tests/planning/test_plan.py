@@ -45,7 +45,12 @@ GUARDED = {
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, GUARDED, {"trainable_models": "dit2,vae,text_encoder"}],
+    [
+        {},
+        GUARDED,
+        {"trainable_models": "dit2,vae,text_encoder"},
+        {"lora_base_model": "dit,dit2", "mid_timestep": 2, "ema.decay": 0.99, "real.weight": 0.1},
+    ],
 )
 def test_arguments_are_those_of_the_run(settings, tmp_path, changes):
     cfg = settings(

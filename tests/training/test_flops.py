@@ -74,6 +74,21 @@ def test_windows_cost_what_their_steps_cost():
     assert trained_experts(direct, make_sampler(direct)) == ("dit2",)
 
 
+def test_steps_cost_the_same_of_either_expert():
+    both = Config(
+        lora_base_model=("dit", "dit2"),
+        trainable_models=(),
+        mid_timestep=0,
+        window=WindowSection(mode="random", steps=4),
+    )
+    sampler, latents = make_sampler(both), (21, 60, 60)
+    assert dit_flops(both, sampler, latents, 2) == dit_flops(Config(), make_sampler(Config()), latents, 2)
+    # Two of three steps and two of five: forward, again and backward, and their references; the others forward alone.
+    assert forward_passes(both, sampler) == {"dit": 1 + 2 * (1 + 2 + 1), "dit2": 3 + 2 * (1 + 2 + 1)}
+    real = dataclasses.replace(both, real=RealSection(weight=0.1))
+    assert forward_passes(real, sampler) == {"dit": 9 + 3, "dit2": 11 + 3}
+
+
 def test_frames_before_those_scored_are_decoded_forward():
     assert decoded_frames(Config(), 21) == (0, 21)
     # A window of 5 begins at 1 to 16.
