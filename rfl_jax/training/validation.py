@@ -57,7 +57,7 @@ class Terms:
         trained = trained if len(trained) > 1 else dict.fromkeys(trained, 1.0)
         return cls(trained, tuple(name for name, term in named.items() if not term.weight))
 
-    def reward(self, measures: Mapping[str, float]) -> float:
+    def reward(self, measures: Mapping[str, Any]) -> float:
         """What is trained on: the score of the one term, or the weighted sum of several in standard deviations."""
         return sum(factor * measures[name] for name, factor in self.trained.items())
 
