@@ -271,6 +271,11 @@ class Setting:
         Raises:
             ValueError: of another type, or out of range; the message tells what was expected.
         """
+        if isinstance(self.range, Table):
+            rows, faults = self.range.build(value, self.key)
+            if faults:
+                raise ValueError("; ".join(faults.values()))
+            return rows
         if self.edge is float and type(value) is int:
             value = float(value)
         if self.edge is str and value is None:

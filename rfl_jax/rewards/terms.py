@@ -50,14 +50,14 @@ class Motion(Term):
     mean, std = 0.8, 0.2
 
     def prepare(self, seen: Seen) -> dict[str, Array]:
-        return {"motion": motion(seen.kps, seen.mask), "known": jnp.any(moves(seen.kps, seen.mask)[1], 1)}
+        return {"motion": jnp.asarray(motion(seen.kps, seen.mask)), "known": jnp.any(moves(seen.kps, seen.mask)[1], 1)}
 
     def __call__(self, seen: Seen, prepared: Prepared) -> TermScore:
-        steps, both = moves(seen.points, seen.mask)
+        steps, both = map(jnp.asarray, moves(seen.points, seen.mask))
         real = prepared["motion"]
         by_step = jnp.where(both, alikeness(steps, jnp.broadcast_to(real[:, None], steps.shape)), 0)
         valid = jnp.any(both, 1) & prepared["known"]
-        return TermScore(alikeness(mean_where(steps, both), real), valid, _with_first(by_step))
+        return TermScore(alikeness(_mean(steps, both), real), valid, _with_first(by_step))
 
 
 class AntiCopy(Term):
@@ -70,13 +70,13 @@ class AntiCopy(Term):
     whole = True
 
     def prepare(self, seen: Seen) -> dict[str, Array]:
-        return {"copying": copying(seen.kps, seen.mask)}
+        return {"copying": jnp.asarray(copying(seen.kps, seen.mask))}
 
     def __call__(self, seen: Seen, prepared: Prepared) -> TermScore:
-        alike, both = repeats(seen.points, seen.mask)
+        alike, both = map(jnp.asarray, repeats(seen.points, seen.mask))
         real = prepared["copying"]
         by_step = jnp.where(both, own_share(alike, jnp.broadcast_to(real[:, None], alike.shape), 1.0), 0)
-        return TermScore(own_share(mean_where(alike, both), real, 1.0), jnp.any(both, 1), _with_first(by_step))
+        return TermScore(own_share(_mean(alike, both), real, 1.0), jnp.any(both, 1), _with_first(by_step))
 
 
 class Landmarks(Term):
@@ -104,7 +104,7 @@ class Landmarks(Term):
     def __call__(self, seen: Seen, prepared: Prepared) -> TermScore:
         beyond = from_mean_face(seen.points) - (prepared["allowed"] + self.cfg.slack)[:, None]
         per_frame = jnp.where(seen.mask, jnp.exp(-jnp.maximum(beyond, 0) / self.cfg.scale), 0)
-        return TermScore(mean_where(per_frame, seen.mask), jnp.any(seen.mask, 1), per_frame)
+        return TermScore(_mean(per_frame, seen.mask), jnp.any(seen.mask, 1), per_frame)
 
 
 class Sharpness(Term):
@@ -132,7 +132,7 @@ class Sharpness(Term):
         per_frame = jnp.where(there, jnp.minimum(ratio, 1), 0)
         later = there.at[:, 0].set(False)
         valid = there[:, 0] & jnp.any(later, 1) & (first[:, 0] > 0)
-        return TermScore(mean_where(per_frame, later), valid, per_frame)
+        return TermScore(_mean(per_frame, later), valid, per_frame)
 
 
 FACE = "face"
@@ -197,6 +197,11 @@ def _inside(boxes: Float[Array, "b t 4"], size: Any) -> Bool[Array, "b t h w"]:
     x, y = jnp.arange(size[1])[None, None, None], jnp.arange(size[0])[None, None, :, None]
     x1, y1, x2, y2 = (side[..., None, None] for side in jnp.moveaxis(boxes, -1, 0))
     return (x >= x1) & (x <= x2) & (y >= y1) & (y <= y2)
+
+
+def _mean(values: Float[Array, "b n"], mask: Bool[Array, "b n"]) -> Float[Array, " b"]:
+    """`mean_where` of jax's arrays."""
+    return jnp.asarray(mean_where(values, mask))
 
 
 def _with_first(by_step: Float[Array, "b n"]) -> Float[Array, "b t"]:
