@@ -18,6 +18,8 @@ from rfl_jax.models.lora import TARGETS
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.rewards.detect import COMPATS
 from rfl_jax.rewards.face import RewardConfig
+from rfl_jax.rewards.term import TermSettings
+from rfl_jax.rewards.terms import FACE, find_term
 from rfl_jax.settings import (
     Above,
     AtLeast,
@@ -28,8 +30,10 @@ from rfl_jax.settings import (
     Numbers,
     OneOf,
     Pairs,
+    Rows,
     Setting,
     StepRange,
+    Table,
     Within,
     build,
     edge_form,
@@ -57,7 +61,7 @@ class MeshSection:
 
 @dataclasses.dataclass(frozen=True)
 class RewardSection(RewardConfig):
-    """How faces are found and compared, and the weights of the two terms of the loss."""
+    """How faces are found and compared, what else is rewarded, and the weights of reward and KL in the loss."""
 
     compat: Annotated[
         str, OneOf(COMPATS), "insightface: its exact warp; roll: the original trainer's pre-processing and crop."
@@ -76,11 +80,16 @@ class RewardSection(RewardConfig):
         AtLeast(0),
         "Latent frames that are decoded with gradient and scored: others in a row each update, never the first; 0: all.",
     ] = 0
-    weight: Annotated[float, "Factor of the face reward in the loss."] = 1.0
+    weight: Annotated[float, "Factor of the reward in the loss: of the face's, or of the sum of reward.terms."] = 1.0
     kl_weight: Annotated[float, AtLeast(0), "Factor of the KL to the untrained network in the loss."] = 1.0
     ceiling: Annotated[
         bool, "No gradient of a score beyond what the real clip's own faces score against each other."
     ] = False
+    terms: Annotated[
+        Rows,
+        Table(lambda name: find_term(name).Settings),
+        "Terms of the reward by name, each with type, weight, every, ceiling and its own settings; empty: the face alone.",
+    ] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +221,11 @@ class EvalSection:
     max_copying_rise: Annotated[
         float, Above(0, 1), "When copying of the first frame (0..1) rose by more while the reward rose, likewise."
     ] = 0.08
+    max_term_loss: Annotated[
+        float,
+        Above(0, 1),
+        "Share of the score of a term that is watched (weight 0 in reward.terms); when more is gone while the reward rose, likewise.",
+    ] = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,6 +413,21 @@ class Config(Original):
         return tuple(name for name, weight in asked.items() if weight)
 
     @property
+    def terms(self) -> dict[str, TermSettings]:
+        """The terms of the reward by name: the table's, or the face alone."""
+        return dict(self.reward.terms) or {FACE: TermSettings(FACE, ceiling=self.reward.ceiling)}
+
+    @property
+    def face_term(self) -> TermSettings:
+        """The term of the face, which is watched where the table does not have it."""
+        return next((term for term in self.terms.values() if term.type == FACE), TermSettings(FACE, weight=0.0))
+
+    @property
+    def other_terms(self) -> dict[str, TermSettings]:
+        """The terms besides the face's, by name."""
+        return {name: term for name, term in self.terms.items() if term.type != FACE}
+
+    @property
     def trained(self) -> Names:
         """Networks that train, in full or by adapters."""
         named = {*self.trainable_models, *self.lora_base_model}
@@ -461,6 +490,11 @@ class Rule:
     keys: Names
     holds: Callable[[Config], bool]
     expected: str | Callable[[Config], str]
+
+
+def _compares_with_first_frame(cfg: Config) -> str:
+    """The first term that does; empty if none does."""
+    return next((name for name, term in cfg.terms.items() if find_term(term.type).whole), "")
 
 
 RULES = (
@@ -539,6 +573,29 @@ RULES = (
         ("reward.frames", "motion.copy_weight"),
         lambda cfg: not (cfg.reward.frames and cfg.motion.copy_weight),
         "0, as motion.copy_weight compares with the first frame",
+    ),
+    Rule(
+        ("reward.frames", "reward.terms"),
+        lambda cfg: not (cfg.reward.frames and _compares_with_first_frame(cfg)),
+        lambda cfg: f"0, as the term {_compares_with_first_frame(cfg)} compares with the first frame",
+    ),
+    Rule(
+        ("reward.terms",),
+        lambda cfg: sum(term.type == FACE for term in cfg.terms.values()) <= 1,
+        f"at most one term of the type {FACE}",
+    ),
+    Rule(
+        ("reward.ceiling", "reward.terms"),
+        lambda cfg: not (cfg.reward.ceiling and cfg.reward.terms),
+        "false, as each term in reward.terms has its own",
+    ),
+    *(
+        Rule(
+            (f"motion.{name}", "reward.terms"),
+            lambda cfg, name=name: not getattr(cfg.motion, name) or cfg.face_term.weight > 0,
+            "0, as reward.terms does not train on the face, whose reward it weighs",
+        )
+        for name in ("weight", "copy_weight")
     ),
     Rule(
         ("extra_inputs",),
@@ -622,7 +679,10 @@ def check_keys(keys: Iterable[str]) -> None:
     Raises:
         UserError: naming all of them, each with the nearest setting.
     """
-    known = [*(item.key for item in settings(Config)), *sections(Config)]
+    listed = list(settings(Config))
+    known = [*(item.key for item in listed), *sections(Config)]
+    # What a table has is known when the config is read.
+    keys = [key for key in keys if not any(key.startswith(f"{item.key}.") for item in listed if item.kind == Rows)]
     unknown = [
         f"config.{key}: unknown setting{did_you_mean(key, known, 'config.') or ', --help lists all'}"
         for key in keys
@@ -670,6 +730,8 @@ def grouped() -> Iterator[tuple[str, str, list[Setting]]]:
 def default_text(setting: Setting) -> str:
     """A setting's default as a flag has it."""
     value = setting.write(setting.default)
+    if setting.kind == Rows:
+        return ""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -59,6 +59,7 @@ def show(cfg: Config, report: Report, topology: str) -> None:
         ("pinned host memory", gib(report.host)),
         ("model FLOPs", f"{report.model_flops / 1e12:,.0f} TFLOP an update"),
         ("executed FLOPs", f"{report.executed_flops / 1e12:,.0f} TFLOP an update"),
+        *((f"  {name}", f"{flops / 1e12:,.3g} TFLOP of them") for name, flops in report.term_flops.items()),
         *(
             (kind, f"{traffic.count:,} times, {traffic.bytes / GIB:.2f} GiB a device")
             for kind, traffic in report.traffic.items()

@@ -1,13 +1,13 @@
 """Settings that their types describe: what a value may be, its meaning in one line, its text at the edge.
 
 A section is a frozen dataclass of fields `name: Annotated[TYPE, RANGE, "Meaning."] = default`, or of further sections.
-A TYPE is bool, int, float, str, a Literal of texts, `Names` or `StepRange`; a RANGE is one of the classes below, or absent.
-Flags, ConfigDicts and JSON hold the edge form of a value (bool, int, float or text), the dataclass the type itself.
+A TYPE is bool, int, float, str, a Literal of texts, `Names`, `StepRange` or `Rows`; a RANGE is one of the classes below, or absent.
+Flags, ConfigDicts and JSON hold the edge form of a value (bool, int, float or text; of `Rows` groups), the dataclass the type itself.
 """
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints, runtime_checkable
 
 from rfl_jax.errors import did_you_mean
@@ -15,6 +15,7 @@ from rfl_jax.errors import did_you_mean
 Number = int | float
 Names = tuple[str, ...]  # at the edge separated by commas
 StepRange = tuple[int, int] | None  # first and last, at the edge 3-5 or 3; None: empty text
+Rows = tuple[tuple[str, Any], ...]  # sections by name, at the edge a group of groups of settings
 
 NOUNS = {
     bool: "true or false",
@@ -23,6 +24,7 @@ NOUNS = {
     str: "text",
     Names: "names separated by commas",
     StepRange: "steps such as 3-5, or 3",
+    Rows: "groups of settings by name",
 }
 
 
@@ -171,6 +173,48 @@ class Listed:
         return f"some of {', '.join(self.choices)}" + (", or empty" if self.empty else "")
 
 
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Groups of settings, each by a name of lower-case letters, digits and underscores; whose setting `type` decides which settings
+    the others are.
+
+    Attributes:
+        section: the section of a type; a ValueError says what was expected instead.
+    """
+
+    section: Callable[[str], type]
+
+    def check(self, value: Rows) -> bool:
+        return all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name, _ in value)
+
+    def expected(self, noun: str) -> str:
+        return f"{noun}, in a config file"
+
+    def build(self, values: Any, key: str) -> tuple[Rows, dict[str, str]]:
+        """The rows of an edge form in the order of their names, without those that cannot be read, and what is wrong, by key. A
+        row without a type has that of its name.
+        """
+        if not isinstance(values, dict):
+            return (), {key: f"expected {NOUNS[Rows]}, got {values!r}"}
+        rows, faults = [], {}
+        for name, row in sorted((str(name), row) for name, row in values.items()):
+            where = f"{key}.{name}"
+            if not self.check(((name, row),)):
+                faults[where] = f"expected a name of lower-case letters, digits and underscores, got {name!r}"
+            elif not isinstance(row, dict):
+                faults[where] = f"expected a group of settings, got {row!r}"
+            elif not isinstance(kind := row.get("type") or name, str):
+                faults[f"{where}.type"] = f"expected str, got {kind!r}"
+            else:
+                try:
+                    section, inner = build(self.section(kind), {**row, "type": kind}, f"{where}.")
+                except ValueError as error:
+                    section, inner = None, {f"{where}.type": str(error)}
+                faults |= inner
+                rows += [] if inner else [(name, section)]
+        return tuple(rows), faults
+
+
 def names(text: str) -> Names:
     """The names in a text that commas separate."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
@@ -212,6 +256,8 @@ class Setting:
     @property
     def edge(self) -> type:
         """The type of the edge form."""
+        if self.kind == Rows:
+            return dict
         return self.kind if self.kind in (bool, int, float) else str
 
     @property
@@ -225,6 +271,11 @@ class Setting:
         Raises:
             ValueError: of another type, or out of range; the message tells what was expected.
         """
+        if isinstance(self.range, Table):
+            rows, faults = self.range.build(value, self.key)
+            if faults:
+                raise ValueError("; ".join(faults.values()))
+            return rows
         if self.edge is float and type(value) is int:
             value = float(value)
         if self.edge is str and value is None:
@@ -239,8 +290,10 @@ class Setting:
             raise ValueError(f"expected {self.expected}, got {value!r}")
         return found
 
-    def write(self, value: Any) -> bool | int | float | str:
+    def write(self, value: Any) -> bool | int | float | str | dict[str, Any]:
         """The edge form of a value."""
+        if self.kind == Rows:
+            return {name: edge_form(section) for name, section in value}
         if self.kind == Names:
             return ",".join(value)
         if self.kind == StepRange:
@@ -295,7 +348,10 @@ def build(kind: type[T], values: dict[str, Any], prefix: str = "") -> tuple[T, d
     listed = f", expected one of {', '.join(sorted({*own, *nested}))}"
     for name, value in values.items():
         key = prefix + name
-        if name in own:
+        if name in own and isinstance(table := own[name].range, Table):
+            fields[name], inner = table.build(value, key)
+            faults |= inner
+        elif name in own:
             try:
                 fields[name] = own[name].read(value)
             except ValueError as error:

@@ -1,10 +1,12 @@
-"""Prepared clips as files: one npz a clip, one for each of its noises after the frozen prefix, one for guards that ask for it."""
+"""Prepared clips as files: one npz a clip, one for each of its noises after the frozen prefix, one for guards that ask for it, one
+for each term of the reward.
+"""
 
 import contextlib
 import dataclasses
 import io
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -12,6 +14,7 @@ from etils import epath
 from rfl_jax.data.metadata import Clip
 from rfl_jax.errors import refuse_damage
 from rfl_jax.files import write_whole
+from rfl_jax.networks.terms import term_arrays
 
 ClipArrays = dict[str, np.ndarray]
 
@@ -41,6 +44,19 @@ class PreparedClip:
     def real_file(self, names: Sequence[str]) -> epath.Path:
         """The npz of these arrays. It is beside the clip's own, which stays what it is whatever guards ask for."""
         return self.file.parent / f"{self.file.stem}.{'_'.join(names)}.npz"
+
+    def load_terms(self, terms: Mapping[str, str]) -> ClipArrays:
+        """What was prepared for terms of the reward, as batches name it; raises as `read_arrays` does.
+
+        Args:
+            terms: names, and what their files are known by.
+        """
+        found = ((term_arrays(name), read_arrays(self.term_file(key), ())) for name, key in terms.items())
+        return {f"{prefix}{name}": x for prefix, arrays in found for name, x in arrays.items()}
+
+    def term_file(self, key: str) -> epath.Path:
+        """The npz of a term, beside the clip's own."""
+        return self.file.parent / f"{self.file.stem}.{key}.npz"
 
     def load_prefix(self, index: int) -> np.ndarray:
         """Latents [t, h, w, c] of one noise."""

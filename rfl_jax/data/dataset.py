@@ -1,6 +1,6 @@
 """Prepared clips as batches (Grain): shuffled by seed, sharded by process, resumable."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import grain
 import numpy as np
@@ -37,6 +37,7 @@ def make_iterator(
     seed: int,
     noises: int,
     real: Sequence[str] = (),
+    terms: Mapping[str, str] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """An endless iterator over batches of this process's share; its state can be saved.
@@ -49,6 +50,7 @@ def make_iterator(
         seed: of the order, which differs from epoch to epoch.
         noises: a clip's noises, after which the first comes again; 0: never.
         real: arrays that a batch has for guards.
+        terms: of the reward, see `PreparedClip.load_terms`.
         share: number of this process's part of every batch, and the number of parts.
     """
 
@@ -59,6 +61,7 @@ def make_iterator(
         values = clip.load(names)
         arrays = {"clip": np.array(number, np.int32), "noise_index": np.array(index, np.int32)}
         arrays |= {name: values[name] for name in names} | clip.load_real(real)
+        arrays |= clip.load_terms(terms or {})
         return arrays | ({"prefix": clip.load_prefix(index)} if clip.prefix else {})
 
     dataset = grain.MapDataset.source(range(len(clips))).seed(seed).shuffle().repeat(EPOCHS)

@@ -1,7 +1,7 @@
 """From a clip and its caption to the arrays that training takes: text features, conditioning, face pools."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,10 @@ from rfl_jax.models.wan.vae import VAE
 from rfl_jax.networks.check import check_trainable
 from rfl_jax.networks.faces import open_judge, open_reward
 from rfl_jax.networks.table import open_network
+from rfl_jax.networks.terms import open_terms
 from rfl_jax.rewards.face import FaceReward
 from rfl_jax.rewards.motion import copying, motion
+from rfl_jax.rewards.term import prepare_term
 from rfl_jax.sources import Sources
 from rfl_jax.terminal import waiting
 
@@ -70,6 +72,18 @@ class ClipEncoder:
         first = "_encode_real" not in vars(self)
         with waiting("compile the encoding of whole clips", show=first and is_writer()):
             return {name: np.asarray(x) for name, x in self._encode_real(video, tuple(names)).items()}
+
+    def encode_terms(self, video: np.ndarray, clip: Mapping[str, np.ndarray]) -> dict[str, ClipArrays]:
+        """What the terms of the reward besides the face's keep of a clip, by term.
+
+        Args:
+            video: [t, h, w, 3] in [-1, 1].
+            clip: its arrays, of which terms take some.
+        """
+        first = "_encode_terms" not in vars(self)
+        with waiting("compile the terms of the reward", show=first and is_writer()):
+            encoded = self._encode_terms(video, {"pool": clip["pool"]})
+        return {name: {key: np.asarray(x) for key, x in arrays.items()} for name, arrays in encoded.items()}
 
     @functools.cached_property
     def _vae(self) -> VAE:
@@ -121,6 +135,21 @@ class ClipEncoder:
             kps, _, found = networks["reward"].find(video)
             measures = {"motion": motion, "copying": copying}
             return out | {name: measures[name](kps[None], found[None])[0] for name in names if name in measures}
+
+        return functools.partial(encode, weights)
+
+    @functools.cached_property
+    def _encode_terms(self) -> Callable[[np.ndarray, ClipArrays], dict[str, dict[str, jax.Array]]]:
+        names = list(self.cfg.other_terms)
+        graph, weights = nnx.split({"reward": self._reward, "terms": open_terms(self.cfg)})
+
+        @jax.jit
+        def encode(weights: nnx.State, video: jax.Array, clip: dict[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
+            networks = nnx.merge(graph, weights)
+            seen = networks["reward"].see(video[None])
+            batch = {name: x[None] for name, x in clip.items()}
+            prepared = {n: prepare_term(term, seen, batch) for n, term in zip(names, networks["terms"], strict=True)}
+            return jax.tree.map(lambda x: x[0], prepared)
 
         return functools.partial(encode, weights)
 

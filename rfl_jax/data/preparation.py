@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from etils import epath
@@ -18,6 +18,7 @@ from rfl_jax.data.videos import read_clip
 from rfl_jax.errors import UserError
 from rfl_jax.fingerprint import fingerprint
 from rfl_jax.networks.faces import detector_file, embedder_file
+from rfl_jax.networks.terms import term_keys
 
 FORMAT = 2  # of the cached files; a new number makes old ones unused
 
@@ -51,7 +52,7 @@ def prepare_clips(
         UserError: an unusable row under `data.on_bad_row=error`, or none that is usable.
     """
     strict = encoder.cfg.data.on_bad_row == "error"
-    settings = _settings(encoder)
+    settings, terms = _settings(encoder), term_keys(encoder.cfg)
     cache.mkdir(parents=True, exist_ok=True)
     # Every process takes its part of the rows.
     part, parts = jax.process_index(), jax.process_count()
@@ -59,7 +60,7 @@ def prepare_clips(
     errors: dict[int, str] = {}
     for clip in tqdm(clips[part::parts], desc="prepare", disable=None):
         try:
-            found[clip.number] = _prepare(encoder, clip, cache, settings, real)
+            found[clip.number] = _prepare(encoder, clip, cache, settings, real, terms)
         except UserError as error:
             errors[clip.number] = str(error)
             if strict:
@@ -80,12 +81,22 @@ def prepare_clips(
     return prepared
 
 
-def _prepare(encoder: ClipEncoder, clip: Clip, cache: epath.Path, settings: str, real: Sequence[str]) -> str:
-    """The name of a clip's file. It is written if it is not there, and so is the one beside it with the arrays of `real`."""
+def _prepare(
+    encoder: ClipEncoder,
+    clip: Clip,
+    cache: epath.Path,
+    settings: str,
+    real: Sequence[str],
+    terms: Mapping[str, str],
+) -> str:
+    """The name of a clip's file. It is written if it is not there, and so are those beside it: with the arrays of `real`, and
+    of each term of the reward.
+    """
     prepared = PreparedClip(clip, cache / f"{_clip_hash(settings, clip)}.npz")
     missing = not prepared.file.exists()
     missing_real = bool(real) and not prepared.real_file(real).exists()
-    if not missing and not missing_real:
+    missing_terms = {name: key for name, key in terms.items() if not prepared.term_file(key).exists()}
+    if not missing and not missing_real and not missing_terms:
         return prepared.file.name
     video = read_clip(clip.video, **clip_settings(encoder.cfg))
     if missing:
@@ -95,6 +106,10 @@ def _prepare(encoder: ClipEncoder, clip: Clip, cache: epath.Path, settings: str,
         write_arrays(prepared.file, arrays)
     if missing_real:
         write_arrays(prepared.real_file(real), encoder.encode_real(video, real))
+    if missing_terms:
+        arrays = encoder.encode_terms(video, prepared.load(("pool",)))
+        for name, key in missing_terms.items():
+            write_arrays(prepared.term_file(key), arrays[name])
     return prepared.file.name
 
 

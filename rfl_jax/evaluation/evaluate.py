@@ -1,5 +1,6 @@
 """Every held-out clip before and after training, as files and as the content of evaluation.json."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from rfl_jax.data.videos import write_video
 from rfl_jax.evaluation.held_out import HeldOut
-from rfl_jax.evaluation.measures import MEASURES, means
+from rfl_jax.evaluation.measures import MEASURES, Measure, means, measures_of
 from rfl_jax.evaluation.statistics import compare
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
@@ -30,7 +31,8 @@ def evaluate(held_out: HeldOut, params: Mapping[str, States], folder: RunFolder,
 
     Returns:
         The content of evaluation.json: for every measure the means of "base" and "tuned", "statistics" (intervals, sign
-        test), "drift" (mean similarity of each frame), and "clips" with their own measures, files and frames.
+        test), "drift" (mean similarity of each frame), and "clips" with their own measures, files and frames; "terms" tells how
+        the measures of the reward's terms are shown, where there are any.
     """
     clips: dict[int, dict[str, Any]] = {}
     files = folder.evaluation_files
@@ -57,7 +59,7 @@ def evaluate(held_out: HeldOut, params: Mapping[str, States], folder: RunFolder,
                     file = written(number, name, one.video)
                     clip[name] = {**one.measures(), "file": file, "frames": one.frames()}
                 clips[number] = clip
-    result = summary([clips[number] for number in sorted(clips)]) | {"step": step}
+    result = summary([clips[number] for number in sorted(clips)], held_out.term_measures) | {"step": step}
     if is_writer():
         # Matplotlib is imported here: a third of a second that the beginning of a training need not wait for.
         from rfl_jax.evaluation.plots import bar_figure, drift_figure, png
@@ -68,12 +70,21 @@ def evaluate(held_out: HeldOut, params: Mapping[str, States], folder: RunFolder,
     return result
 
 
-def summary(clips: list[dict[str, Any]]) -> dict[str, Any]:
-    """The totals of evaluated clips, and the clips themselves."""
-    totals = {name: means([clip[name] for clip in clips]) for name in NAMES}
-    result: dict[str, Any] = {measure: {name: totals[name][measure] for name in NAMES} for measure in MEASURES}
+def summary(clips: list[dict[str, Any]], terms: Mapping[str, Measure] | None = None) -> dict[str, Any]:
+    """The totals of evaluated clips, and the clips themselves.
+
+    Args:
+        clips: with their measures.
+        terms: measures of the reward's terms, which they have as well.
+    """
+    shown = {name: dataclasses.asdict(measure) for name, measure in (terms or {}).items()}
+    measured = [*MEASURES, *shown]
+    totals = {name: means([clip[name] for clip in clips], measured) for name in NAMES}
+    result: dict[str, Any] = {measure: {name: totals[name][measure] for name in NAMES} for measure in measured}
+    if shown:
+        result["terms"] = shown
     result["statistics"] = {
-        measure: compare(*([clip[name][measure] for clip in clips] for name in NAMES)) for measure in MEASURES
+        measure: compare(*([clip[name][measure] for clip in clips] for name in NAMES)) for measure in measured
     }
     result["drift"] = {
         measure: {name: drift([clip[name]["frames"][measure] for clip in clips]) for name in NAMES}
@@ -95,7 +106,7 @@ def show(result: Mapping[str, Any]) -> None:
     print(
         f"{'held-out clips: ' + str(count):52s}{'base':>9s}{'tuned':>9s}{'change (95 %)':>30s}{'rose/fell':>11s}{'p':>8s}"
     )
-    for name, measure in MEASURES.items():
+    for name, measure in measures_of(result).items():
         base, tuned = result[name]["base"], result[name]["tuned"]
         found = result["statistics"][name]
         bounds = found["change"]

@@ -17,14 +17,20 @@ from rfl_jax.data.batching import Batches, filled, in_batches
 from rfl_jax.data.cache import PreparedClip
 from rfl_jax.data.sizes import clip_settings
 from rfl_jax.data.videos import read_clip, to_uint8
-from rfl_jax.evaluation.measures import Scored
+from rfl_jax.evaluation.measures import ByTerm, Scored, term_measures
 from rfl_jax.networks.faces import open_judge
 from rfl_jax.networks.parts import Frozen, Networks, States, untrained
+from rfl_jax.networks.table import REWARD, TERMS
+from rfl_jax.networks.terms import build_terms, prepared_for, shown_as, term_keys
 from rfl_jax.rewards.face import FaceReward, Score, cosine_with_pool, usable_pool
+from rfl_jax.rewards.term import TermScore
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
 from rfl_jax.sharding import replicated
 from rfl_jax.terminal import waiting
+
+# What the networks say of videos: the face's score, each frame's similarity by the judging embedder, and the terms by name.
+Judged = tuple[Score, Array, dict[str, TermScore]]
 
 # Folded into the run's key, so that no clip is judged on a noise it was trained on.
 EVALUATION = 0x5EED
@@ -66,7 +72,9 @@ class HeldOut:
         self._sampler = sampler
         self._key = evaluation_key(key)
         self._whole = replicated(batches.mesh)
-        reward = networks.build("reward", {}, frozen)
+        self._terms = term_keys(cfg)
+        self.term_measures = term_measures(cfg)
+        reward = networks.build(REWARD, {}, frozen)
         self._judge_graph, judge = nnx.split(open_judge(cfg, reward, cfg.eval.judge_model_path))
         self._judge = jax.tree.map(lambda x: hosts.place(x, self._whole), judge)
 
@@ -98,7 +106,9 @@ class HeldOut:
         rows = filled(numbers, self._batches.micro)
         names = (*self._batches.names, "judge_pool")
         loaded = [self.clips[i].load(names) for i in rows]
-        arrays = {name: np.stack([x[name] for x in loaded]) for name in names}
+        loaded = [{name: x[name] for name in names} for x in loaded]
+        loaded = [x | self.clips[i].load_terms(self._terms) for x, i in zip(loaded, rows, strict=True)]
+        arrays = {name: np.stack([x[name] for x in loaded]) for name in loaded[0]}
         if self.clips[rows[0]].prefix:
             arrays["prefix"] = np.stack([self.clips[i].load_prefix(0) for i in rows])
         arrays["clip"] = np.array(rows, np.int32)
@@ -106,8 +116,8 @@ class HeldOut:
         first = "_sample" not in vars(self)
         compiles = waiting("compile the judging of held-out clips", show=first and hosts.is_writer())
         with compiles, jax.set_mesh(self._batches.mesh):
-            video, score, judged = self._sample(params, self._frozen, self._judge, batch, self._key)
-        return _scored(np.asarray(video), score, judged)[: len(numbers)]
+            video, judged = self._sample(params, self._frozen, self._judge, batch, self._key)
+        return _scored(np.asarray(video), judged)[: len(numbers)]
 
     def real(self, number: int) -> Scored:
         """The real clip, scored against its own faces."""
@@ -115,19 +125,18 @@ class HeldOut:
         video = read_clip(clip.clip.video, **clip_settings(self._cfg))[None]
         names = ("pool", "judge_pool")
         arrays = clip.load(names)
-        pools = (arrays[name][None] for name in names)
+        arrays = {name: arrays[name] for name in names} | clip.load_terms(self._terms)
+        kept = Frozen({name: self._frozen.rest[name] for name in (REWARD, TERMS) if name in self._frozen.rest}, {})
         with jax.set_mesh(self._batches.mesh):
-            score, judged = self._score(self._frozen.rest["reward"], self._judge, video, *pools)
-        return _scored(video, score, judged)[0]
+            judged = self._score(kept, self._judge, video, {name: x[None] for name, x in arrays.items()})
+        return _scored(video, judged)[0]
 
     # All weights are arguments: what a jitted function closes over becomes a constant of its program.
     @functools.cached_property
     def _sample(self) -> Any:
         networks, sampler = self._networks, self._sampler
 
-        def sample(
-            params: States, frozen: Frozen, judge: nnx.State, batch: Batch, key: Array
-        ) -> tuple[Array, Score, Array]:
+        def sample(params: States, frozen: Frozen, judge: nnx.State, batch: Batch, key: Array) -> tuple[Array, Judged]:
             experts, keep = bind_experts(networks, sampler, params, frozen, batch)
             start = batch.get("prefix")
             if start is None:
@@ -137,31 +146,38 @@ class HeldOut:
             experts = {name: dataclasses.replace(e, reference=None) for name, e in experts.items()}
             latents = rollout(experts, start, sampler.sigmas, sampler.spans, keep=keep).latents
             video = jnp.clip(networks.build("vae", params, frozen).decode(latents), -1, 1)
-            reward = networks.build("reward", params, frozen)
-            return video, *self._judged(reward, judge, video, batch["pool"], batch["judge_pool"])
+            return video, self._judged(frozen, judge, video, batch)
 
         return hosts.together(jax.jit(sample, out_shardings=self._whole))
 
     @functools.cached_property
     def _score(self) -> Any:
-        def score(reward: nnx.State, judge: nnx.State, video: Array, pool: Array, judge_pool: Array) -> Any:
-            return self._judged(self._networks.merge("reward", reward), judge, video, pool, judge_pool)
+        return hosts.together(jax.jit(self._judged, out_shardings=self._whole))
 
-        return hosts.together(jax.jit(score, out_shardings=self._whole))
-
-    def _judged(
-        self, reward: FaceReward, judge: nnx.State, video: Array, pool: Array, judge_pool: Array
-    ) -> tuple[Score, Array]:
-        """The reward's score, and each frame's similarity by the judging embedder."""
-        score = reward(video, pool)
+    def _judged(self, frozen: Frozen, judge: nnx.State, video: Array, batch: Batch) -> Judged:
+        """What the networks say of videos, whose faces are looked for once."""
+        reward: FaceReward = self._networks.build(REWARD, {}, frozen)
+        seen = reward.see(video)
+        score = reward.compare(seen, batch["pool"])
         other: FaceReward = nnx.merge(self._judge_graph, judge)
         frames = video.reshape(-1, *video.shape[2:])
         embeddings = other.embed(frames, score.kps.reshape(-1, 5, 2), score.mask.reshape(-1))
-        mask = usable_pool(judge_pool, use_first_frame=self._cfg.reward.use_first_frame)
-        return score, cosine_with_pool(embeddings.reshape(*score.mask.shape, -1), judge_pool, mask)
+        mask = usable_pool(batch["judge_pool"], use_first_frame=self._cfg.reward.use_first_frame)
+        judged = cosine_with_pool(embeddings.reshape(*score.mask.shape, -1), batch["judge_pool"], mask)
+        terms = build_terms(self._cfg, self._networks, {}, frozen)
+        return score, judged, {name: term(seen, prepared_for(name, term, batch)) for name, term in terms.items()}
 
 
-def _scored(video: np.ndarray, score: Score, judged: Array) -> list[Scored]:
+def _scored(video: np.ndarray, judged: Judged) -> list[Scored]:
     """The clips of a batch one by one, off the devices."""
-    fields = jax.device_get((score.per_frame, judged, score.mask, score.kps, score.boxes))
-    return [Scored(to_uint8(frames), *values) for frames, *values in zip(video, *fields, strict=True)]
+    score, by_judge, terms = judged
+    fields = jax.device_get((score.per_frame, by_judge, score.mask, score.kps, score.boxes))
+    by_term = jax.device_get({shown_as(name): (found.score, found.per_frame) for name, found in terms.items()})
+    return [
+        Scored(
+            to_uint8(frames),
+            *values,
+            terms={name: ByTerm(float(scores[i]), by_frame[i]) for name, (scores, by_frame) in by_term.items()},
+        )
+        for i, (frames, *values) in enumerate(zip(video, *fields, strict=True))
+    ]

@@ -1,13 +1,16 @@
-"""What is measured of one video: identity, motion, copying of the first frame, and the picture itself."""
+"""What is measured of one video: identity, motion, copying of the first frame, the picture itself, and the terms of the reward."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from rfl_jax.config import Config
+from rfl_jax.networks.terms import shown_as
 from rfl_jax.rewards import motion as of_videos
+from rfl_jax.rewards.terms import find_term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,30 @@ MEASURES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class ByTerm:
+    """What a term of the reward says of a video.
+
+    Attributes:
+        score: higher is better.
+        frames: by frame.
+    """
+
+    score: float
+    frames: Float[np.ndarray, " t"]
+
+
+def term_measures(cfg: Config) -> dict[str, Measure]:
+    """The measures of a run's terms by name; the face's term has its own in `MEASURES`."""
+    kinds = {name: find_term(term.type) for name, term in cfg.other_terms.items()}
+    return {shown_as(name): Measure(kind.title or name, "higher", kind.unit) for name, kind in kinds.items()}
+
+
+def measures_of(result: Mapping[str, Any]) -> dict[str, Measure]:
+    """The measures of an evaluation.json, by name."""
+    return MEASURES | {name: Measure(**shown) for name, shown in result.get("terms", {}).items()}
+
+
+@dataclasses.dataclass(frozen=True)
 class Scored:
     """A video and what the networks found in it.
 
@@ -46,6 +73,7 @@ class Scored:
         mask: whether a frame has a face.
         kps: its five points in pixels.
         boxes: its box x1, y1, x2, y2 in pixels.
+        terms: of the reward besides the face's, by the names of their measures.
     """
 
     video: UInt8[np.ndarray, "t h w 3"]
@@ -54,9 +82,10 @@ class Scored:
     mask: Bool[np.ndarray, " t"]
     kps: Float[np.ndarray, "t 5 2"]
     boxes: Float[np.ndarray, "t 4"]
+    terms: Mapping[str, ByTerm] = dataclasses.field(default_factory=dict)
 
     def measures(self) -> dict[str, float]:
-        """The values of `MEASURES`. What needs a face is 0 where no frame has one."""
+        """The values of `MEASURES`, and of the terms. What needs a face is 0 where no frame has one."""
         found = self.mask.any()
         return {
             "face_sim": float(self.face[self.mask].mean()) if found else 0.0,
@@ -67,10 +96,11 @@ class Scored:
             "copying": copying(self.kps, self.mask),
             "flicker": flicker(self.video),
             "sharpness": sharpness(self.video),
+            **{name: term.score for name, term in self.terms.items()},
         }
 
     def frames(self) -> dict[str, list[Any]]:
-        """Per frame: similarities and boxes, null without a face."""
+        """Per frame: similarities and boxes, null without a face; and the terms' scores."""
 
         def where(values: Sequence[Any]) -> list[Any]:
             return [value if there else None for value, there in zip(values, self.mask, strict=True)]
@@ -79,6 +109,7 @@ class Scored:
             "face_sim": where([round(float(x), 4) for x in self.face]),
             "judge_sim": where([round(float(x), 4) for x in self.judge]),
             "box": where([[round(float(x), 1) for x in box] for box in self.boxes]),
+            **{name: [round(float(x), 4) for x in term.frames] for name, term in self.terms.items()},
         }
 
 
@@ -111,6 +142,6 @@ def sharpness(video: UInt8[np.ndarray, "t h w 3"]) -> float:
     return float(laplacian.var((1, 2)).mean())
 
 
-def means(clips: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def means(clips: Sequence[Mapping[str, Any]], measures: Iterable[str] = MEASURES) -> dict[str, float]:
     """The mean of each measure over clips."""
-    return {name: float(np.mean([clip[name] for clip in clips])) for name in MEASURES}
+    return {name: float(np.mean([clip[name] for clip in clips])) for name in measures}

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rfl_jax.evaluation.measures import MEASURES
+from rfl_jax.evaluation.measures import MEASURES, measures_of
 
 BASE, TUNED, INK, GRID = "#8a93a3", "#0b6e99", "#1f2733", "#e3e7ec"
 COLOURS = {"base": BASE, "tuned": TUNED}
@@ -98,7 +98,7 @@ def drift_figure(result: Mapping[str, Any], measure: str = "judge_sim") -> Figur
 def bar_figure(result: Mapping[str, Any]) -> Figure:
     """Every measure after training, relative to before, with the interval of the change."""
     figure, axes = _axes(4.6, 3.2)
-    names = [name for name in MEASURES if result[name]["base"]]
+    names = [name for name in measures_of(result) if result[name]["base"]]
     changes = [100 * (result[name]["tuned"] / result[name]["base"] - 1) for name in names]
     for row, (name, change) in enumerate(zip(names, changes, strict=True)):
         bounds = result["statistics"][name]["change"]

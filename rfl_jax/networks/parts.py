@@ -67,6 +67,8 @@ class Networks:
         """Raises KeyError where a parameter has no sharding rule, or a rule no parameter."""
         for name in self.graphs:
             states = [states[name] for states in (params, frozen.rest) if name in states]
+            if not jax.tree.leaves(states):  # terms of the reward without networks
+                continue
             adapted = name in self.adapted
             check_rules(states, sharding_table(name), mesh, adapted=adapted, quantized=cfg.quantizes(name))
 

@@ -102,13 +102,15 @@ NETWORKS: Mapping[str, Network] = {
     "detector": _onnx("scrfd", family("10g")),
     "embedder": _onnx("arcface", IResNetConfig()),
 }  # fmt: skip
-# The detector and the embedder together are one network of the step, without a file of its own.
+# The detector and the embedder together are one network of the step, without a file of its own; the networks of terms of the
+# reward are another.
 REWARD = "reward"
+TERMS = "terms"
 
 
 def sharding_table(network: str) -> str:
     """The table in `rfl_jax.sharding.RULES` of a network of the step."""
-    return REWARD if network == REWARD else NETWORKS[network].sharding
+    return REWARD if network in (REWARD, TERMS) else NETWORKS[network].sharding
 
 
 def places(cfg: Config, network: str, state: nnx.State, mesh: Mesh) -> nnx.State:

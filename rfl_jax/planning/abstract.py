@@ -19,14 +19,17 @@ from rfl_jax.models.wan.config import VAEConfig
 from rfl_jax.networks.check import check_trainable
 from rfl_jax.networks.faces import detector_file, embedder_file
 from rfl_jax.networks.parts import Frozen, Networks, States, frozen_places, split_networks
-from rfl_jax.networks.table import abstract_network, describe
+from rfl_jax.networks.table import REWARD, TERMS, abstract_network, describe
+from rfl_jax.networks.terms import build_terms, open_terms, prepared_for, term_arrays
 from rfl_jax.rewards.arcface import IResNetConfig
-from rfl_jax.rewards.face import FaceReward
+from rfl_jax.rewards.face import FaceReward, Seen
 from rfl_jax.rewards.scrfd import SCRFDConfig
+from rfl_jax.rewards.term import prepare_term
 from rfl_jax.sampling.prefix import jit_prefix, prefix_arguments
 from rfl_jax.sampling.sampler import Sampler, caches_prefix, make_sampler, split_prefix
 from rfl_jax.sharding import make_mesh, micro_batches, replicated
 from rfl_jax.sources import experts_of, find_sources
+from rfl_jax.training.flops import decoded_pixels
 from rfl_jax.training.optim import learning_rate, optimizer
 from rfl_jax.training.setup import modules_of_step
 from rfl_jax.training.state import create_state, state_places
@@ -49,6 +52,7 @@ class Plan:
         samples: in one update.
         vae, detector, embedder: sizes of the networks after the DiT.
         frames, height, width: of one video.
+        terms: operations of the reward's terms besides the face's, of one sample in the mean over updates, by name.
     """
 
     mesh: Mesh
@@ -64,6 +68,7 @@ class Plan:
     frames: int
     height: int
     width: int
+    terms: dict[str, float]
 
 
 def on_devices(cfg: Config, devices: Sequence[Any]) -> tuple[Config, Mesh]:
@@ -100,6 +105,8 @@ def abstract_networks(
         name: abstract_network(cfg, name, files[name], "train", platform)
         for name in (*modules_of_step(experts, cfg), "detector", "embedder")
     }
+    if cfg.other_terms:
+        modules[TERMS] = open_terms(cfg)
     graphs, states = {}, {}
     for name, module in modules.items():
         graphs[name], states[name] = nnx.split(module)
@@ -107,7 +114,7 @@ def abstract_networks(
 
     def build(states: dict[str, nnx.State]) -> tuple[States, Frozen]:
         built = {name: nnx.merge(graphs[name], state) for name, state in states.items()}
-        built["reward"] = FaceReward(built.pop("detector"), built.pop("embedder"), cfg.reward)
+        built[REWARD] = FaceReward(built.pop("detector"), built.pop("embedder"), cfg.reward)
         networks, params, frozen = split_networks(cfg, built)
         found.append(networks)
         return params, frozen
@@ -135,6 +142,8 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
     time, rows, columns = vae.stride
     latents = ((frames - 1) // time + 1, height // rows, width // columns)
     batch = _batch(cfg, sampler, mesh, latents, pool=(frames, embedder.embedding))
+    terms = _Terms(cfg, networks, frozen, (frames, height, width), embedder.embedding)
+    batch |= {name: _of_samples(cfg, mesh, *x.shape[1:], dtype=x.dtype) for name, x in terms.arrays.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     before = None
@@ -158,7 +167,68 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
         frames=frames,
         height=height,
         width=width,
+        terms=terms.flops(decoded_pixels(cfg, frames, vae.stride[0])),
     )
+
+
+class _Terms:
+    """The reward's terms besides the face's, of one sample, in shapes.
+
+    Args:
+        cfg: of the run.
+        networks, frozen: of the step.
+        size: frames, height and width of a real clip.
+        embedding: of a face.
+    """
+
+    def __init__(
+        self, cfg: Config, networks: Networks, frozen: Frozen, size: tuple[int, int, int], embedding: int
+    ) -> None:
+        self._cfg = cfg
+        self._networks = networks
+        self._frozen = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+            Frozen({name: frozen.rest[name] for name in (REWARD, TERMS) if name in frozen.rest}, {}),
+        )
+        self._size = size
+        self._pool = jax.ShapeDtypeStruct((1, size[0], embedding), jnp.float32)
+        self.arrays = jax.eval_shape(self._prepared, self._frozen, self._video(size[0]), self._pool)
+
+    def _video(self, frames: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, frames, *self._size[1:], 3), jnp.float32)
+
+    def _prepared(self, frozen: Frozen, video: jax.Array, pool: jax.Array) -> dict[str, jax.Array]:
+        """Their arrays in a batch."""
+        found = {}
+        if terms := build_terms(self._cfg, self._networks, {}, frozen):
+            seen = self._networks.build(REWARD, {}, frozen).see(video)
+            for name, term in terms.items():
+                arrays = prepare_term(term, seen, {"pool": pool})
+                found |= {f"{term_arrays(name)}{key}": x for key, x in arrays.items()}
+        return found
+
+    def flops(self, frames: int) -> dict[str, float]:
+        """Operations of each, as the compiler counts them: forward and, of what is trained on, backward to the pixels. What of
+        the faces' points several of them share is each one's.
+
+        Args:
+            frames: that are scored.
+        """
+        return {name: self._flops_of(name, frames) / term.every for name, term in self._cfg.other_terms.items()}
+
+    def _flops_of(self, name: str, frames: int) -> float:
+        def score(frozen: Frozen, video: jax.Array, batch: dict[str, jax.Array], found: Any) -> jax.Array:
+            faces = self._networks.build(REWARD, {}, frozen)
+            term = build_terms(self._cfg, self._networks, {}, frozen)[name]
+            seen = Seen(faces, video[0], found, 1, video.shape[1])
+            return term(seen, prepared_for(name, term, batch)).score[0]
+
+        shapes = ((frames, 5, 2), jnp.float32), ((frames, 4), jnp.float32), ((frames,), jnp.bool)
+        found = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
+        batch = {**self.arrays, "pool": self._pool}
+        program = jax.value_and_grad(score, 1) if self._cfg.terms[name].weight else score
+        cost = jax.jit(program).lower(self._frozen, self._video(frames), batch, found).cost_analysis()
+        return float((cost or {}).get("flops", 0.0))
 
 
 def _of_samples(cfg: Config, mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

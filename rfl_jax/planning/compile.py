@@ -23,7 +23,7 @@ from rfl_jax.programs import not_kept
 from rfl_jax.rewards.arcface import CROP, IResNet
 from rfl_jax.rewards.scrfd import SCRFD
 from rfl_jax.terminal import waiting
-from rfl_jax.training.flops import decoded_frames, dit_flops, forward_passes, int8_flops
+from rfl_jax.training.flops import decoded_frames, decoded_pixels, dit_flops, forward_passes, int8_flops
 
 # Least effort of the scheduler, which tells soon whether a program fits. A14B for v5p-8 took 100 s of a processor for 39.1 GiB
 # and 68 s an update by the compiler's cycles, as training compiles it 530 s for 43.4 GiB and 17 s: from what is scheduled so no
@@ -49,6 +49,7 @@ class Report:
         needed: what the program would have used, where it was refused.
         largest: its largest buffers then, or its largest arguments, by name.
         model_flops, executed_flops: of one update on all devices, without and with recomputation.
+        term_flops: of these what terms of the reward besides the face's take, by name.
         traffic: collectives of one update by kind.
         step_time_s: the longest of arithmetic at peak, of reading weights, and of collectives, both at full bandwidth: no
             update is faster.
@@ -71,6 +72,7 @@ class Report:
     largest: list[str]
     model_flops: float
     executed_flops: float
+    term_flops: dict[str, float]
     traffic: dict[str, Traffic]
     step_time_s: float | None
     compile_s: float
@@ -157,6 +159,7 @@ def compile_plan(
         largest=largest,
         model_flops=model,
         executed_flops=executed,
+        term_flops={name: plan.samples * flops for name, flops in plan.terms.items()},
         traffic=traffic,
         step_time_s=step_time,
         compile_s=seconds,
@@ -210,7 +213,7 @@ def step_flops(cfg: Config, plan: Plan) -> tuple[float, float]:
 
     Transformers by formula; autoencoder and face networks as the compiler counts their forward passes. The decoder
     and the embedder run forward, again when rematerialised, and backward to their inputs, which takes as much; the
-    detector forward alone.
+    detector forward alone. Terms of the reward as the compiler counts them, forward and backward.
     """
     needed, executed = dit_flops(cfg, plan.sampler, plan.latents, plan.samples)
     frames, rows, columns = plan.latents
@@ -218,10 +221,11 @@ def step_flops(cfg: Config, plan: Plan) -> tuple[float, float]:
     # The decoder is a loop over latent frames, whose body is counted once.
     decode = _forward_flops(VAE, plan.vae, (1, 1, rows, columns, plan.vae.z_dim))
     before, scored = decoded_frames(cfg, frames)
-    pixels = plan.frames if scored == frames else scored * plan.vae.stride[0]
+    pixels = decoded_pixels(cfg, plan.frames, plan.vae.stride[0])
     embed = pixels * _forward_flops(IResNet, plan.embedder, (1, CROP, CROP, 3))
     detect = pixels * _forward_flops(SCRFD, plan.detector, (1, size, size, 3))
-    rest = plan.samples * ((before + 2 * scored) * decode + 2 * embed + detect)
+    terms = sum(plan.terms.values())
+    rest = plan.samples * ((before + 2 * scored) * decode + 2 * embed + detect + terms)
     # Grouped caches take one more forward pass.
     passes = 0 if cfg.policy == "none" else 2 if cfg.vae_caches == "recompute" else 1
     again = plan.samples * scored * decode * passes

@@ -12,8 +12,10 @@ import jinja2
 from rfl_jax.config import Config, plain
 from rfl_jax.errors import refuse_damage
 from rfl_jax.evaluation import plots
-from rfl_jax.evaluation.measures import MEASURES
+from rfl_jax.evaluation.measures import measures_of
+from rfl_jax.networks.terms import shown_as
 from rfl_jax.reporting.collect import Run, changed, embed
+from rfl_jax.rewards.terms import FACE
 from rfl_jax.training.actions import told
 
 WAYS = ("reference", "base", "tuned")
@@ -67,12 +69,18 @@ def _render(run: Run, most: int) -> str:
     )
 
 
+def _terms(run: Run) -> list[str]:
+    """Names of the reward's terms besides the face's, which is shown in any case."""
+    terms = run.config["reward"].get("terms", {})
+    return [name for name, term in terms.items() if term["type"] != FACE]
+
+
 def _measures(run: Run) -> list[dict[str, Any]]:
     """Rows of the table: the numbers of evaluation.json."""
     if not run.evaluation:
         return []
     rows = []
-    for name, measure in MEASURES.items():
+    for name, measure in measures_of(run.evaluation).items():
         base, tuned = (run.evaluation[name][way] for way in ("base", "tuned"))
         change = tuned - base
         good = {"higher": 1, "lower": -1}.get(measure.better, 0) * change
@@ -120,6 +128,8 @@ def _charts(run: Run) -> list[tuple[str, str]]:
         drawn.append(("identity from frame to frame", plots.drift_figure(run.evaluation)))
         drawn.append(("change by training", plots.bar_figure(run.evaluation)))
     course("reward: face similarity", "face_score", "eval_face_sim")
+    for name in _terms(run):
+        course(f"reward: {name}", shown_as(name), f"eval_{shown_as(name)}")
     validated("held out: judging embedder", "eval_judge_sim")
     validated("held out: motion, px", "eval_motion")
     validated("held out: copying of the first frame", "eval_copying")
@@ -161,6 +171,7 @@ def _clips(run: Run, most: int) -> list[dict[str, Any]]:
                 "frames": json.dumps({name: clip[way]["frames"][name] for name in ("judge_sim", "box")}),
                 "curve": curve(clip[way]["frames"]["judge_sim"], low, high),
                 "measures": {k: clip[way].get(k) for k in ("face_sim", "judge_sim", "motion", "copying")},
+                "terms": {k: clip[way][shown_as(k)] for k in _terms(run) if shown_as(k) in clip[way]},
             }
             for way in WAYS
         ]

@@ -61,12 +61,13 @@ def warp(image: Float[Array, "h w c"], matrix: Float[Array, "2 3"], *, roll: boo
     y = inverse[1, 0] * column + inverse[1, 1] * row + inverse[1, 2]
     if roll:
         x, y = x * ((w - 1) / w), y * ((h - 1) / h)
-    return _bilinear(image, x, y)
+    return bilinear(image, x, y)
 
 
-def _bilinear(
+def bilinear(
     image: Float[Array, "h w c"], x: Float[Array, "h2 w2"], y: Float[Array, "h2 w2"]
 ) -> Float[Array, "h2 w2 c"]:
+    """The image at these places in pixels, pixel centres at whole numbers; zeros outside it."""
     h, w = image.shape[:2]
     x0, y0 = jnp.floor(x), jnp.floor(y)
     fx, fy = (x - x0)[..., None], (y - y0)[..., None]

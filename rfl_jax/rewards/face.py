@@ -1,6 +1,8 @@
 """The face-identity reward: how much the faces of a video resemble those of the real clip."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from rfl_jax.rewards.align import align, similarity
 from rfl_jax.rewards.arcface import IResNet
 from rfl_jax.rewards.detect import detect, largest
+from rfl_jax.rewards.points import follow_points
 from rfl_jax.rewards.scrfd import SCRFD
 from rfl_jax.sharding import context_shards, pin_frames, pin_tokens
 
@@ -137,23 +140,88 @@ class FaceReward(nnx.Module):
         kps, _, found = self.find(frames)
         return self.embed(frames, kps, found), found
 
-    def __call__(self, video: Float[Array, "b t h w 3"], pool: Float[Array, "b g e"]) -> Score:
-        """Score of decoded videos against pools of real faces.
-
-        Args:
-            video: pixels, clamped here to [-1, 1].
-            pool: embeddings of the real clips' frames, zeros where they have no face.
-        """
+    def see(self, video: Float[Array, "b t h w 3"]) -> "Seen":
+        """Decoded videos, clamped here to [-1, 1], and the largest face of each frame."""
         b, t = video.shape[:2]
         # Frames are spread over the mesh; black ones, which have no face, fill up what it does not divide.
         extra = -t % context_shards()
         video = jnp.pad(jnp.clip(video, -1, 1), ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)), constant_values=-1)
         frames = pin_frames(pin_tokens(video).reshape(-1, *video.shape[2:]))
-        kps, boxes, found = self.find(frames)
-        embeddings = self.embed(frames, kps, found).reshape(b, t + extra, -1)[:, :t]
-        kps, boxes, mask = (x.reshape(b, t + extra, *x.shape[1:])[:, :t] for x in (kps, boxes, found))
+        return Seen(self, frames, self.find(frames), b, t)
+
+    def compare(self, seen: "Seen", pool: Float[Array, "b g e"]) -> Score:
+        """Score of what was seen against pools of real faces: embeddings of the real clips' frames, zeros where they have no
+        face.
+        """
+        mask = seen.mask
         pool_mask = usable_pool(pool, use_first_frame=self.cfg.use_first_frame)
-        per_frame = cosine_with_pool(embeddings, pool, pool_mask) * mask
+        per_frame = cosine_with_pool(seen.embeddings, pool, pool_mask) * mask
         score = jnp.sum(per_frame, 1) / jnp.maximum(jnp.sum(mask, 1), 1)
         valid = jnp.any(mask, 1) & jnp.any(pool_mask, 1)
-        return Score(score, per_frame, mask, kps, boxes, valid)
+        return Score(score, per_frame, mask, seen.kps, seen.boxes, valid)
+
+    def __call__(self, video: Float[Array, "b t h w 3"], pool: Float[Array, "b g e"]) -> Score:
+        """Score of decoded videos against pools of real faces, see `see` and `compare`."""
+        return self.compare(self.see(video), pool)
+
+
+@dataclasses.dataclass
+class Seen:
+    """Videos and what the face networks make of them. Each thing is computed once, however many terms of a reward ask for it;
+    what none asks for is not computed.
+
+    Attributes:
+        faces: the networks.
+        frames: the frames of all videos in [-1, 1], spread over the mesh; black ones may fill them up.
+        found: points, box and whether there is one, of the largest face of each; without gradient.
+        count, length: videos, and frames of each.
+    """
+
+    faces: FaceReward
+    frames: Float[Array, "n h w 3"]
+    found: tuple[Float[Array, "n 5 2"], Float[Array, "n 4"], Bool[Array, " n"]]
+    count: int
+    length: int
+
+    def at(self, frames: Float[Array, "n h w 3"]) -> "Seen":
+        """The same faces in other frames, of which everything else is computed anew: those to differentiate by."""
+        return Seen(self.faces, frames, self.found, self.count, self.length)
+
+    def each(self, network: Callable[[Float[Array, "n h w 3"]], Array]) -> Array:
+        """What a network makes of every frame [b, t, ...], spread over the mesh as the frames are."""
+        return self._of_videos(network(self.frames))
+
+    def _of_videos(self, x: Array) -> Array:
+        return x.reshape(self.count, -1, *x.shape[1:])[:, : self.length]
+
+    @functools.cached_property
+    def video(self) -> Float[Array, "b t h w 3"]:
+        """Pixels in [-1, 1]."""
+        return self._of_videos(self.frames)
+
+    @functools.cached_property
+    def kps(self) -> Float[Array, "b t 5 2"]:
+        """The five points of the largest face in pixels, zeros where there is none; no gradient."""
+        return self._of_videos(self.found[0])
+
+    @functools.cached_property
+    def boxes(self) -> Float[Array, "b t 4"]:
+        """Its box x1, y1, x2, y2 in pixels, zeros where there is none; no gradient."""
+        return self._of_videos(self.found[1])
+
+    @functools.cached_property
+    def mask(self) -> Bool[Array, "b t"]:
+        """Whether a frame has a face."""
+        return self._of_videos(self.found[2])
+
+    @functools.cached_property
+    def embeddings(self) -> Float[Array, "b t e"]:
+        """Of the largest face, not normalised, zeros where there is none; differentiable in the pixels."""
+        kps, _, there = self.found
+        return self._of_videos(self.faces.embed(self.frames, kps, there))
+
+    @functools.cached_property
+    def points(self) -> Float[Array, "b t 5 2"]:
+        """`kps`, differentiable in the pixels, see `rfl_jax.rewards.points`."""
+        size, compat = self.faces.cfg.detector_size, self.faces.cfg.compat
+        return self._of_videos(follow_points(self.faces.detector, self.frames, *self.found, size=size, compat=compat))

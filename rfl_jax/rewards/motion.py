@@ -1,8 +1,8 @@
-"""How much of its reward a video keeps: all of it where its face moves as the real clip's does, less where it stands still.
+"""How much a face moves, and how much of its reward a video keeps: all of it where its face moves as the real clip's does, less
+where it stands still.
 
-Landmarks are found without gradient (pixels are rounded to 8 bits before detection, and a detector that is differentiated can be
-fooled), so motion is no term of the loss: it weighs the samples. A weight takes the reward from a video that stands still; it
-does not move it.
+What a video keeps is a weight of the samples, on points that are found without gradient: it takes the reward from a video that
+stands still, it does not move it. Terms of the reward (`rfl_jax.rewards.terms`) measure the same on points with a gradient.
 """
 
 from typing import Any
@@ -30,9 +30,15 @@ def motion(kps: Points, mask: Found) -> Float[Either, " b"]:
     """Mean absolute displacement of the five points between neighbouring frames that both have a face, in pixels; 0 where
     no two have one.
     """
+    return mean_where(*moves(kps, mask))
+
+
+def moves(kps: Points, mask: Found) -> tuple[Float[Either, "b t2"], Bool[Either, "b t2"]]:
+    """Mean absolute displacement of the five points from each frame but the first to the one before it, in pixels, and whether
+    both have a face.
+    """
     xp = _functions(kps)
-    both = mask[:, 1:] & mask[:, :-1]
-    return _mean(xp.mean(xp.abs(kps[:, 1:] - kps[:, :-1]), axis=(2, 3)), both)
+    return xp.mean(xp.abs(kps[:, 1:] - kps[:, :-1]), axis=(2, 3)), mask[:, 1:] & mask[:, :-1]
 
 
 def copying(kps: Points, mask: Found) -> Float[Either, " b"]:
@@ -43,12 +49,18 @@ def copying(kps: Points, mask: Found) -> Float[Either, " b"]:
     rest (expression, and turns out of the picture). Both are measured in sizes of the face, root mean square:
     the mean of exp(-pose / 0.2) and exp(-rest / 0.05), over later frames with a face.
     """
+    return mean_where(*repeats(kps, mask))
+
+
+def repeats(kps: Points, mask: Found) -> tuple[Float[Either, "b t2"], Bool[Either, "b t2"]]:
+    """How much each frame but the first repeats frame 0, 0..1, see `copying`; and whether both have a face."""
     xp = _functions(kps)
     centres = xp.mean(kps, axis=2, keepdims=True)
     shapes = kps - centres
     first = shapes[:, :1]
+    tiny = xp.asarray(np.finfo(np.float32).tiny, dtype=kps.dtype)
     # No face is a point.
-    square = xp.maximum(xp.sum(first**2, axis=(2, 3)), xp.asarray(np.finfo(np.float32).tiny, dtype=kps.dtype))
+    square = xp.maximum(xp.sum(first**2, axis=(2, 3)), tiny)
     # Least-squares similarity: one complex factor, and an offset that the centres tell.
     real = xp.sum(first * shapes, axis=(2, 3)) / square
     imaginary = xp.sum(first[..., 0] * shapes[..., 1] - first[..., 1] * shapes[..., 0], axis=2) / square
@@ -57,14 +69,15 @@ def copying(kps: Points, mask: Found) -> Float[Either, " b"]:
     size = xp.sqrt(square / 5)
 
     def distance(moved: Points) -> Float[Either, "b t"]:
-        return xp.sqrt(xp.mean(xp.sum(moved**2, axis=3), axis=2)) / size
+        # The root of zero has no derivative.
+        return xp.sqrt(xp.maximum(xp.mean(xp.sum(moved**2, axis=3), axis=2), tiny)) / size
 
     pose = distance(fitted - first + centres - centres[:, :1])
     alike = (xp.exp(-pose / POSE_SCALE) + xp.exp(-distance(shapes - fitted) / EXPRESSION_SCALE)) / 2
-    return _mean(alike[:, 1:], mask[:, 1:] & mask[:, :1])
+    return alike[:, 1:], mask[:, 1:] & mask[:, :1]
 
 
-def _mean(values: Float[Either, "b n"], mask: Bool[Either, "b n"]) -> Float[Either, " b"]:
+def mean_where(values: Float[Either, "b n"], mask: Bool[Either, "b n"]) -> Float[Either, " b"]:
     """Mean of each row's masked values; 0 where there are none."""
     xp = _functions(values)
     return xp.sum(xp.where(mask, values, 0), axis=1) / xp.maximum(xp.sum(mask, axis=1), 1)
@@ -77,7 +90,7 @@ def moving_share(motion: Float[Either, " b"], real: Float[Array, " b"], weight: 
     return 1 - weight * jnp.where(real > 0, jnp.maximum(1 - motion / jnp.where(real > 0, real, 1), 0), 0)
 
 
-def own_share(copying: Float[Either, " b"], real: Float[Array, " b"], weight: float) -> Float[Array, " b"]:
+def own_share(copying: Float[Either, "*b"], real: Float[Array, "*b"], weight: float) -> Float[Array, "*b"]:
     """What a sample keeps by its copying: 1 up to the real clip's, `1 - weight` where it only repeats its first frame (1), in
     proportion between.
     """

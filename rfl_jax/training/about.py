@@ -10,6 +10,7 @@ import jax
 from rfl_jax.chips import compiler_options
 from rfl_jax.fingerprint import fingerprint
 from rfl_jax.networks.faces import detector_file, embedder_file
+from rfl_jax.networks.terms import term_keys
 from rfl_jax.training.setup import Run
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -17,7 +18,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 def describe(run: Run) -> dict[str, Any]:
     """Versions, devices, weights by file and fingerprint, how much is trained on how much, and whether the "average" of
-    what trains or its "raw" weights are judged and handed on.
+    what trains or its "raw" weights are judged and handed on. Of terms of the reward what their prepared arrays are known by.
     """
     sources = run.inputs.sources
     files = {name: sources.files(name) for name in ("dit", "dit2", "text_encoder", "vae")} | {
@@ -41,4 +42,5 @@ def describe(run: Run) -> dict[str, Any]:
         "tuned": "average" if run.state.average else "raw",
         "clips": {"trained_on": len(run.inputs.clips.training), "held_out": len(run.inputs.clips.held_out)},
         "steps": run.inputs.steps,
+        **({"terms": terms} if (terms := term_keys(run.cfg)) else {}),
     }

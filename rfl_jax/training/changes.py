@@ -32,7 +32,15 @@ MAY_CHANGE = (
     # How long and how fast it learns, and from what.
     *("learning_rate", "lr_scheduler_type", "weight_decay", "warmup_steps", "max_grad_norm", "max_bad_steps"),
     *("num_train_epochs", "max_steps", "early_stop", "reward.weight", "reward.kl_weight", "kl.every"),
-    *("kl.target", "reward.ceiling", "real.weight", "real.every", "motion.weight", "motion.copy_weight"),
+    *(
+        "kl.target",
+        "reward.ceiling",
+        "reward.terms",
+        "real.weight",
+        "real.every",
+        "motion.weight",
+        "motion.copy_weight",
+    ),
     "noise.per_sample",
     *("file_name", "data.on_bad_row", "data.cache_dir", "noise.prefix_cache"),
     # Where weights come from. Those that a run begins with are not looked at again.
@@ -41,7 +49,14 @@ MAY_CHANGE = (
     # What is written, shown and judged.
     *("save_steps", "logging_steps", "sample_every", "eval_every", "wandb_project", "profile.steps"),
     *("eval.file_name", "eval.judge_model_path", "eval.num_samples", "eval.validation_samples"),
-    *("eval.max_motion_loss", "eval.max_copying_rise", "guard.on_alarm", "guard.raise_kl", "guard.max_falls"),
+    *(
+        "eval.max_motion_loss",
+        "eval.max_copying_rise",
+        "eval.max_term_loss",
+        "guard.on_alarm",
+        "guard.raise_kl",
+        "guard.max_falls",
+    ),
     # An average that is switched on begins at the weights as they are then.
     "ema.decay",
     # How it is computed. Videos of an update are compared when the checkpoint is read.

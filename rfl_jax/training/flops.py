@@ -72,6 +72,13 @@ def decoded_frames(cfg: Config, latents: int) -> tuple[float, int]:
     return 0.0 if scored == latents else (1 + latents - scored) / 2, scored
 
 
+def decoded_pixels(cfg: Config, frames: int, stride: int) -> int:
+    """Frames of a video of so many that are scored, where a latent one is `stride` of them."""
+    latents = (frames - 1) // stride + 1
+    _, scored = decoded_frames(cfg, latents)
+    return frames if scored == latents else scored * stride
+
+
 def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, float]:
     """How often one micro-batch takes each DiT's weights: forward, for the reference, again under remat, backward. Of passes
     that not all updates have, the mean.

@@ -1,16 +1,42 @@
-"""What of a sample's score is rewarded, by the guards that are on."""
+"""The reward of videos: the sum of its terms, each by its weight; and what of the face's the guards leave."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rfl_jax.config import Config
-from rfl_jax.rewards.face import Score, real_agreement, reward_loss, usable_pool
+from rfl_jax.networks.terms import prepared_for
+from rfl_jax.rewards.face import FaceReward, Score, Seen, real_agreement, reward_loss, usable_pool
 from rfl_jax.rewards.motion import copying, motion, moving_share, own_share
+from rfl_jax.rewards.term import Term
 from rfl_jax.sampling.sampler import Batch
+
+# Sum of a term's valid scores, and how many there are.
+Tally = tuple[Float[Array, ""], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """Attributes:
+    loss: of all terms, mean over the samples.
+    score: of the faces.
+    guards: metrics of the guards, means over the samples.
+    tallies: of each term in `reward.terms`, by name.
+    """
+
+    loss: Float[Array, ""]
+    score: Score
+    guards: dict[str, Array]
+    tallies: dict[str, Tally]
 
 
 def rewarded(cfg: Config, score: Score, batch: Batch) -> tuple[Float[Array, " b"], dict[str, Array]]:
-    """The loss of each sample's reward, and the guards' metrics, means over the samples.
+    """The loss of the face's score of each sample, and the guards' metrics, means over the samples.
 
     Args:
         cfg: of the run.
@@ -18,7 +44,7 @@ def rewarded(cfg: Config, score: Score, batch: Batch) -> tuple[Float[Array, " b"
         batch: "pool" of the real clips' faces, and their "motion" and "copying" [b] where those are asked for.
     """
     judged, metrics = score.score, {}
-    if cfg.reward.ceiling:
+    if cfg.face_term.ceiling:
         pool = batch["pool"]
         ceiling = real_agreement(pool, usable_pool(pool, use_first_frame=cfg.reward.use_first_frame))
         judged = jnp.minimum(judged, ceiling)
@@ -37,3 +63,84 @@ def rewarded(cfg: Config, score: Score, batch: Batch) -> tuple[Float[Array, " b"
         metrics["copying"] = jnp.mean(found)
         share = share * own_share(found, batch["copying"], cfg.motion.copy_weight)
     return share * loss, metrics | {"reward_share": jnp.mean(share)}
+
+
+def reward_of(
+    cfg: Config,
+    faces: FaceReward,
+    terms: Mapping[str, Term],
+    video: Float[Array, "b t h w 3"],
+    batch: Batch,
+    update: Array | int,
+) -> Reward:
+    """What videos are rewarded by.
+
+    Args:
+        cfg: of the run.
+        faces: the face networks.
+        terms: those besides the face's, by name.
+        video: decoded.
+        batch: what of the real clips the terms want.
+        update: done before; tells which terms are due.
+    """
+    seen = faces.see(video)
+    score = faces.compare(seen, batch["pool"])
+    loss, guards = rewarded(cfg, score, batch)
+    if not cfg.reward.terms:
+        return Reward(jnp.mean(loss), score, guards, {})
+
+    def of_terms(names: list[str], seen: Seen) -> tuple[Float[Array, ""], dict[str, Tally]]:
+        """What terms add to the loss, and the tallies of those besides the face's."""
+        total, tallies = jnp.float32(0), {}
+        for name in names:
+            weight = cfg.terms[name].weight
+            if name in terms:
+                value, tallies[name] = _of_term(terms[name], name, seen, batch)
+            else:
+                value = jnp.mean(rewarded(cfg, faces.compare(seen, batch["pool"]), batch)[0])
+            # What is only watched has no gradient.
+            total = total + weight * (value if weight else jax.lax.stop_gradient(value))
+        return total, tallies
+
+    turns: dict[int, list[str]] = {}
+    for name, term in cfg.terms.items():
+        turns.setdefault(term.every, []).append(name)
+    total, tallies = jnp.float32(0), {}
+    for every, names in turns.items():
+        ours = partial(of_terms, names)
+        value, found = ours(seen) if every == 1 else _in_turn(ours, seen, every, update)
+        total, tallies = total + every * value, tallies | found
+    # The face is looked at in every update, whether it is trained on or not.
+    faces_tally = {name: _tally(score.score, score.valid) for name in cfg.terms if name not in terms}
+    return Reward(total, score, guards, tallies | faces_tally)
+
+
+def _in_turn(
+    terms: Callable[[Seen], tuple[Float[Array, ""], dict[str, Tally]]], seen: Seen, every: int, update: Array | int
+) -> tuple[Float[Array, ""], dict[str, Tally]]:
+    """What terms give in every `every`-th update, in the others of which nothing of them runs: zeros."""
+
+    def taught(frames: Array) -> tuple[tuple[Float[Array, ""], dict[str, Tally]], Array]:
+        return jax.value_and_grad(lambda x: terms(seen.at(x)), has_aux=True)(frames)
+
+    def left_out(frames: Array) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(taught, frames))
+
+    # Forward and backward pass are in one branch: activations do not leave it. What leaves is the derivative by the pixels, which
+    # stands for all that was done to them.
+    frames = jax.lax.stop_gradient(seen.frames)
+    (value, tallies), pull = jax.lax.cond(update % every == 0, taught, left_out, frames)
+    return value + jnp.sum(pull * (seen.frames - frames), dtype=jnp.float32), tallies
+
+
+def _tally(score: Float[Array, " b"], valid: Array) -> Tally:
+    score = jax.lax.stop_gradient(score)
+    return jnp.sum(jnp.where(valid, score, 0.0)), jnp.sum(valid)
+
+
+def _of_term(term: Term, name: str, seen: Seen, batch: Batch) -> tuple[Float[Array, ""], Tally]:
+    """The mean loss of a term over the samples of which it says something, none of the others; and its tally."""
+    prepared = prepared_for(name, term, batch)
+    found = term(seen, prepared)
+    judged = jnp.minimum(found.score, term.ceiling(seen, prepared)) if term.cfg.ceiling else found.score
+    return jnp.mean(jnp.where(found.valid, term.loss(judged), 0.0)), _tally(found.score, found.valid)

@@ -16,7 +16,8 @@ from rfl_jax.errors import UserError
 from rfl_jax.evaluation.held_out import HeldOut
 from rfl_jax.networks.faces import open_reward
 from rfl_jax.networks.parts import Frozen, Networks, States, frozen_places, split_networks
-from rfl_jax.networks.table import open_network
+from rfl_jax.networks.table import REWARD, TERMS, open_network
+from rfl_jax.networks.terms import open_terms, term_keys
 from rfl_jax.runs import RunFolder
 from rfl_jax.sampling.prefix import jit_prefix
 from rfl_jax.sampling.sampler import different_noises
@@ -81,6 +82,7 @@ class Run:
             seed=self.cfg.seed,
             noises=different_noises(self.cfg),
             real=self.cfg.real_arrays,
+            terms=term_keys(self.cfg),
         )
 
 
@@ -106,7 +108,9 @@ def load_networks(cfg: Config, sources: Sources, experts: Sequence[str], mesh: M
         name: open_network(cfg, name, sources.files(name), "train", mesh if name in experts else None)
         for name in modules_of_step(experts, cfg)
     }
-    modules["reward"] = open_reward(cfg, sources.reward)
+    modules[REWARD] = open_reward(cfg, sources.reward)
+    if cfg.other_terms:
+        modules[TERMS] = open_terms(cfg)
     return split_networks(cfg, modules)
 
 

@@ -14,6 +14,7 @@ from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config
 from rfl_jax.models.wan.vae import VAE
 from rfl_jax.networks.parts import Frozen, Networks, States
+from rfl_jax.networks.terms import build_terms, shown_as
 from rfl_jax.sampling.denoise import denoise
 from rfl_jax.sampling.phases import phase_scope
 from rfl_jax.sampling.real import real_loss
@@ -21,12 +22,14 @@ from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape,
 from rfl_jax.sampling.window import draw_frames
 from rfl_jax.training.budget import adapted
 from rfl_jax.training.finite import finite_gradients, finite_weights
-from rfl_jax.training.rewarded import rewarded
+from rfl_jax.training.rewarded import reward_of
 from rfl_jax.training.state import TrainState, follow
 
 Metrics = dict[str, Any]
 # Of the metrics of a micro-batch, those of the guards that are on, by name: means over its samples.
 GUARDS = "guards"
+# And those of the terms in `reward.terms`, by name: the sum of their valid scores, and how many there are.
+TERMS = "terms"
 Step = Callable[[TrainState, Frozen, Batch, Array], tuple[TrainState, Metrics]]
 
 
@@ -55,10 +58,10 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
         with phase_scope("vae"):
             video = decode_scored(cfg, networks.build("vae", params, frozen), latents, key, update)
         with phase_scope("reward"):
-            score = networks.build("reward", params, frozen)(video, batch["pool"])
-            reward, guards = rewarded(cfg, score, batch)
-        kl = jnp.mean(kls)
-        value = cfg.reward.weight * jnp.mean(reward) + cfg.reward.kl_weight * kl_factor * kl
+            terms = build_terms(cfg, networks, params, frozen)
+            reward = reward_of(cfg, networks.build("reward", params, frozen), terms, video, batch, update)
+        kl, score = jnp.mean(kls), reward.score
+        value = cfg.reward.weight * reward.loss + cfg.reward.kl_weight * kl_factor * kl
         count = jnp.sum(score.valid)
         metrics = {
             "loss": value,
@@ -67,7 +70,8 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
             "kl_loss": kl,
             "no_face_fraction": 1 - jnp.mean(score.valid.astype(jnp.float32)),
             "video": jnp.clip(jnp.rint((video[0] + 1) * 127.5), 0, 255).astype(jnp.uint8),
-            GUARDS: guards,
+            GUARDS: reward.guards,
+            TERMS: reward.tallies,
         }
         return value, metrics
 
@@ -183,6 +187,7 @@ def make_step(
             "finite": finite & finite_weights(kept.params),
             "video": metrics["video"][0],
             **jax.tree.map(jnp.mean, metrics[GUARDS]),
+            **{shown_as(name): jnp.sum(total) / jnp.sum(count) for name, (total, count) in metrics[TERMS].items()},
         }
         if cfg.kl.target:
             means["kl_weight"] = cfg.reward.kl_weight * state.kl_factor

@@ -1,5 +1,6 @@
 """Held-out clips judged while training runs: the best checkpoint, when to stop, and the alarm when the reward is hacked."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -11,10 +12,12 @@ from etils import epath
 from rfl_jax.config import Config, EvalSection
 from rfl_jax.errors import UserError
 from rfl_jax.evaluation.held_out import HeldOut
-from rfl_jax.evaluation.measures import means
+from rfl_jax.evaluation.measures import MEASURES, means
 from rfl_jax.files import read_json, write_whole
 from rfl_jax.hosts import is_writer
 from rfl_jax.networks.parts import States
+from rfl_jax.networks.terms import shown_as
+from rfl_jax.rewards.terms import FACE, find_term
 from rfl_jax.runs import RunFolder
 from rfl_jax.terminal import RED, styled
 from rfl_jax.training.actions import LOWER, STOP, told
@@ -28,16 +31,51 @@ JUDGED_BY = "judge_sim"
 VALIDATED = ("face_sim", "judge_sim", "motion", "copying", "face_fraction")
 
 
-def alarm(base: Mapping[str, float], course: Sequence[Mapping[str, Any]], bounds: EvalSection) -> str:
+# The measure of the face's term.
+FACE_SIM = "face_sim"
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """The terms of a reward, by the names of their measures.
+
+    Attributes:
+        trained: factors of their standardised scores in the reward.
+        watched: those that are not trained on.
+    """
+
+    trained: Mapping[str, float] = dataclasses.field(default_factory=lambda: {FACE_SIM: 1.0})
+    watched: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, cfg: Config) -> "Terms":
+        """The terms of a run; the face is watched where it is none of them."""
+        named = {FACE_SIM if term.type == FACE else shown_as(name): term for name, term in cfg.terms.items()}
+        named = {FACE_SIM: cfg.face_term} | named
+        trained = {name: term.weight / find_term(term.type).std for name, term in named.items() if term.weight}
+        # A reward of one term is shown as that term's score.
+        trained = trained if len(trained) > 1 else dict.fromkeys(trained, 1.0)
+        return cls(trained, tuple(name for name, term in named.items() if not term.weight))
+
+    def reward(self, measures: Mapping[str, Any]) -> float:
+        """What is trained on: the score of the one term, or the weighted sum of several in standard deviations."""
+        return sum(factor * measures[name] for name, factor in self.trained.items())
+
+
+def alarm(
+    base: Mapping[str, float], course: Sequence[Mapping[str, Any]], bounds: EvalSection, terms: Terms | None = None
+) -> str:
     """What is wrong with a reward that rose; empty if nothing is.
 
     Args:
         base: measures before training.
         course: measures of the same clips at each validation so far. A reward that rose and fell again was climbed too.
         bounds: on what may be lost by now.
+        terms: of the reward; the face alone by default.
     """
-    highest, now = max(measures["face_sim"] for measures in course), course[-1]
-    if highest <= base["face_sim"]:
+    terms = terms or Terms()
+    before, highest, now = terms.reward(base), max(terms.reward(measures) for measures in course), course[-1]
+    if highest <= before:
         return ""
     found = []
     if now["motion"] < (1 - bounds.max_motion_loss) * base["motion"]:
@@ -50,7 +88,13 @@ def alarm(base: Mapping[str, float], course: Sequence[Mapping[str, Any]], bounds
             f"copying of the first frame rose from {base['copying']:.3f} to {now['copying']:.3f}, by more than "
             f"{bounds.max_copying_rise:g} (eval.max_copying_rise)"
         )
-    rose = f"the reward rose ({base['face_sim']:.3f} to {highest:.3f}), but "
+    for name in terms.watched:
+        if now[name] < base[name] - bounds.max_term_loss * abs(base[name]):
+            found.append(
+                f"{name}, which is watched, fell from {base[name]:.3f} to {now[name]:.3f}, by more than "
+                f"{bounds.max_term_loss:.0%} (eval.max_term_loss)"
+            )
+    rose = f"the reward rose ({before:.3f} to {highest:.3f}), but "
     return rose + " and ".join(found) if found else ""
 
 
@@ -68,7 +112,9 @@ def _read(file: epath.Path) -> dict[str, Any]:
     found = read_json(file)
     entries = found.get("validations")
     measured = [found.get("base"), *entries] if isinstance(entries, list) else []
-    known = [x for x in measured if isinstance(x, dict) and all(type(x.get(name)) is float for name in VALIDATED)]
+    terms = found.get("terms", [])
+    names = [*VALIDATED, *(terms if isinstance(terms, list) else [])]
+    known = [x for x in measured if isinstance(x, dict) and all(type(x.get(name)) is float for name in names)]
     named = all(
         type(x.get("step")) is int and type(x.get("alarm")) is str and _says_what_was_done(x) for x in known[1:]
     )
@@ -108,11 +154,15 @@ class Validation:
         self._best = Checkpoints(folder.best, keep=1)
         self._best.forget_after(start)
         clips = [clip.file.name for clip in self.held_out.clips[: self._cfg.eval.validation_samples]]
+        names = list(held_out.term_measures)
+        self._measured = (*VALIDATED, *names)
+        self._terms = Terms.of(cfg)
         self._record: dict[str, Any] = {"clips": clips, "base": None, "validations": []}
+        self._record |= {"terms": names} if names else {}
         if self._file.exists():
             found = _read(self._file)
-            # Measures of other clips, or of clips prepared in another way, cannot be compared with.
-            if found["clips"] == clips:
+            # Measures of other clips, or of clips prepared in another way, cannot be compared with; nor those of other terms.
+            if found["clips"] == clips and found.get("terms", []) == names:
                 kept = [entry for entry in found["validations"] if entry["step"] <= start]
                 self._record = {**found, "validations": kept}
 
@@ -190,7 +240,7 @@ class Validation:
         if self._record["base"] is None:
             self._record["base"] = self._measure(self.held_out.untrained(params))
         measures = self._measure(params)
-        warning = alarm(self._record["base"], [*self.entries, measures], self._cfg.eval)
+        warning = alarm(self._record["base"], [*self.entries, measures], self._cfg.eval, self._terms)
         found: dict[str, Any] = {"alarm": warning}
         if action := self._action(warning):
             found |= {"action": action, "back_to": self._go_back(progress, action)}
@@ -202,11 +252,11 @@ class Validation:
             self._best.wait()
         if is_writer():
             write_whole(self._file, json.dumps({**self._record, "best_step": self.best_step}, indent=1) + "\n")
-        shown = "  ".join(f"{name} {measures[name]:.4f}" for name in VALIDATED)
+        shown = "  ".join(f"{name} {measures[name]:.4f}" for name in self._measured)
         self._note(f"step {progress.step}: held-out clips: {shown}")
         if warning:
             self._note(styled(f"ALARM at step {progress.step}: {told(found)}", RED, sys.stderr))
-        return {f"eval_{name}": measures[name] for name in VALIDATED} | found
+        return {f"eval_{name}": measures[name] for name in self._measured} | found
 
     def _go_back(self, progress: Progress, action: str) -> int:
         """Puts back the best weights, or those that the run began with, and lowers the learning rate if asked for.
@@ -226,4 +276,4 @@ class Validation:
         clips = []
         for numbers in self.held_out.in_batches(self._cfg.eval.validation_samples):
             clips += [one.measures() for one in self.held_out.judge(params, numbers)]
-        return means(clips)
+        return means(clips, [*MEASURES, *self.held_out.term_measures])
