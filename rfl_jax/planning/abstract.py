@@ -20,7 +20,7 @@ from rfl_jax.networks.check import check_trainable
 from rfl_jax.networks.faces import detector_file, embedder_file
 from rfl_jax.networks.parts import Frozen, Networks, States, frozen_places, split_networks
 from rfl_jax.networks.table import abstract_network, describe
-from rfl_jax.rewards.arcface import IResNetConfig
+from rfl_jax.rewards.embedder import EmbedderConfig
 from rfl_jax.rewards.face import FaceReward
 from rfl_jax.rewards.scrfd import SCRFDConfig
 from rfl_jax.sampling.prefix import jit_prefix, prefix_arguments
@@ -60,7 +60,7 @@ class Plan:
     samples: int
     vae: VAEConfig
     detector: SCRFDConfig
-    embedder: IResNetConfig
+    embedder: EmbedderConfig
     frames: int
     height: int
     width: int
