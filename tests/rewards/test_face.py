@@ -7,20 +7,29 @@ import pytest
 from flax import nnx
 
 from rfl_jax.rewards.align import TEMPLATE, align, invert, similarity
-from rfl_jax.rewards.arcface import IResNet, IResNetConfig
+from rfl_jax.rewards.arcface import IResNetConfig
 from rfl_jax.rewards.detect import _suppress, anchor_points, faces_of, largest, letterbox, letterbox_size
+from rfl_jax.rewards.embedder import make_embedder
 from rfl_jax.rewards.face import FaceReward, RewardConfig, cosine_with_pool, real_agreement, usable_pool
+from rfl_jax.rewards.mobilefacenet import BottleneckSpec, ConvPReLUSpec, MobileFaceNetConfig
 from rfl_jax.rewards.scrfd import SCRFD, ConvSpec, Detections, resnet
 from tests.rewards.pooled import pooled_score
 
-EMBEDDER = IResNetConfig(widths=(4, 4, 6, 8), layers=(1, 1, 1, 1), stem=4, embedding=8)
+IRESNET = IResNetConfig(widths=(4, 4, 6, 8), layers=(1, 1, 1, 1), stem=4, embedding=8)
+MOBILE = MobileFaceNetConfig(
+    (
+        ConvPReLUSpec(8, 3, 2, 1), ConvPReLUSpec(8, 3, 1, 4), BottleneckSpec(8, 8, 2, False), BottleneckSpec(8, 8, 1, True),
+        BottleneckSpec(16, 16, 2, False), BottleneckSpec(16, 32, 2, False), ConvPReLUSpec(32, 1, 1, 1),
+    ),
+    embedding=8,
+)  # fmt: skip
 
 
-def make_reward(**cfg):
+def make_reward(embedder=IRESNET, **cfg):
     detector = SCRFD(resnet((4, 4, 4), (4, 4, 6, 8), (1, 1, 1, 1), 4, (ConvSpec(8),)), rngs=nnx.Rngs(0))
     for head in detector.heads:  # a random detector finds nothing
         head.cls.bias[...] = head.cls.bias[...] - 4.0
-    return FaceReward(detector, IResNet(EMBEDDER, rngs=nnx.Rngs(1)), RewardConfig(detector_size=64, **cfg))
+    return FaceReward(detector, make_embedder(embedder, rngs=nnx.Rngs(1)), RewardConfig(detector_size=64, **cfg))
 
 
 def random_kps(rng, n):
@@ -184,9 +193,9 @@ def test_a_real_clip_agrees_with_itself_as_each_frame_does_with_the_others():
     assert found[2] == np.inf
 
 
-@pytest.mark.parametrize("compat", ["insightface", "roll"])
-def test_pixel_gradient_equals_finite_differences(compat):
-    reward = make_reward(compat=compat)
+@pytest.mark.parametrize(("embedder", "compat"), [(IRESNET, "insightface"), (IRESNET, "roll"), (MOBILE, "insightface")])
+def test_pixel_gradient_equals_finite_differences(embedder, compat):
+    reward = make_reward(embedder, compat=compat)
     rng = np.random.default_rng(5)
     y, x = np.mgrid[:64, :64] / 64
     waves = [np.sin(2 * np.pi * (rng.uniform(1, 3) * x + rng.uniform(1, 3) * y) + p) for p in rng.uniform(0, 6, 6)]
