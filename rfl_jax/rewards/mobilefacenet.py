@@ -104,8 +104,10 @@ class MobileFaceNet(nnx.Module):
         self.cfg = cfg
         layers, c = [], 3
         for spec in cfg.layers:
-            kind = Bottleneck if isinstance(spec, BottleneckSpec) else ConvPReLU
-            layers.append(kind(c, spec, dtype=dtype, rngs=rngs))
+            if isinstance(spec, BottleneckSpec):
+                layers.append(Bottleneck(c, spec, dtype=dtype, rngs=rngs))
+            else:
+                layers.append(ConvPReLU(c, spec, dtype=dtype, rngs=rngs))
             c = spec.width
         self.layers = nnx.List(layers)
         self.sum = MapSum(cfg.side, c, rngs=rngs)

@@ -12,7 +12,11 @@ from flax import nnx
 from convert import arcface, scrfd, store
 from rfl_jax.errors import UserError
 from rfl_jax.miniature.world import ASSETS, DETECTOR_FILE, EMBEDDER_FILE
+from rfl_jax.models.weights import get_arrays
 from rfl_jax.networks.faces import detector_file, embedder_file, licences, open_reward
+from rfl_jax.networks.table import abstract_network
+from rfl_jax.rewards.embedder import make_embedder
+from rfl_jax.rewards.mobilefacenet import BottleneckSpec, ConvPReLUSpec, MobileFaceNetConfig
 
 LAYOUTS = {
     "antelopev2": ("scrfd_10g_bnkps.onnx", "glintr100.onnx"),
@@ -49,6 +53,20 @@ def test_converted_networks_are_those_of_the_files(converted, settings):
         np.testing.assert_array_equal(a[...], b[...])
     x = np.random.default_rng(0).uniform(-1, 1, (1, 112, 112, 3)).astype(np.float32)
     np.testing.assert_array_equal(*(jax.jit(reward.embedder)(x) for reward in rewards))
+
+
+def test_a_mobilefacenet_is_opened_and_planned_like_the_other_embedders(tmp_path, settings):
+    layers = (ConvPReLUSpec(8, 3, 2, 1), BottleneckSpec(8, 16, 1, True), BottleneckSpec(16, 16, 2, False))
+    model = make_embedder(MobileFaceNetConfig(layers, 12), rngs=nnx.Rngs(0))
+    store.save(str(tmp_path / "mine"), "arcface", model.cfg, {k: np.asarray(v) for k, v in get_arrays(model).items()})
+    shutil.copy(ASSETS / DETECTOR_FILE, tmp_path / "scrfd_mine.onnx")
+    cfg = settings()
+    reward = open_reward(cfg, str(tmp_path))
+    x = np.random.default_rng(0).uniform(-1, 1, (1, 112, 112, 3)).astype(np.float32)
+    np.testing.assert_array_equal(*(jax.jit(embedder)(x) for embedder in (reward.embedder, model)))
+    planned = abstract_network(cfg, "embedder", [embedder_file(str(tmp_path))], "train", "cpu")
+    shapes = [nnx.to_flat_state(nnx.state(network)) for network in (planned, model)]
+    assert [(path, leaf.shape) for path, leaf in shapes[0]] == [(path, leaf.shape) for path, leaf in shapes[1]]
 
 
 def test_two_of_a_kind_are_refused_by_name(tmp_path, converted):
