@@ -22,6 +22,7 @@ from etils import epath
 from tqdm import tqdm
 
 from convert import adapters, origin, store, verify
+from convert.licence import licence_of
 from convert.lora import EXPERT_OPTIONS, parse_strength
 from rfl_jax.chips import answer_libtpu
 from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
@@ -114,7 +115,10 @@ def _convert(args: argparse.Namespace) -> None:
         args.command, files, dtype=args.dtype, loras=merged, expert=EXPERT_OPTIONS.get(expert, ""), **_hints(args.set)
     )
     print(cfg)
-    described = origin.of_sources(args.src, files, args.dtype, loras=named, expert=expert)
+    licence = licence_of(files[0]) if args.command in store.ONNX else ""
+    if licence:
+        print(f"licence: {licence}")
+    described = origin.of_sources(args.src, files, args.dtype, loras=named, expert=expert, licence=licence)
     total = sum(array.nbytes for array in arrays.values())
     before = signal.signal(signal.SIGINT, _interrupted)
     with tqdm(total=total, unit="B", unit_scale=True, desc=args.dst, disable=None) as bar:

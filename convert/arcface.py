@@ -1,15 +1,33 @@
-"""ArcFace IResNet from ONNX (antelopev2's glintr100.onnx and its relatives), matched by walking the graph."""
+"""ArcFace's embedders from ONNX, matched by walking the graph: IResNet of any depth (antelopev2's and AuraFace's
+glintr100.onnx, buffalo_l's w600k_r50.onnx) here, MobileFaceNet in its own module.
+"""
+
+from typing import Any
 
 import numpy as np
 
+from convert import mobilefacenet
 from convert.component import OnnxComponent
 from convert.onnx_graph import Graph, stride
-from rfl_jax.rewards.arcface import CROP, IResNet, IResNetConfig
+from rfl_jax.rewards.arcface import CROP, IResNetConfig
+from rfl_jax.rewards.embedder import make_embedder
 
 STAGES = 4
 
 
-def walk(graph: Graph) -> tuple[IResNetConfig, dict[str, np.ndarray]]:
+def walk(graph: Graph) -> tuple[Any, dict[str, np.ndarray]]:
+    """Sizes and weights of an embedder's graph: an IResNet's where its first layer leads to a batch norm of its own.
+
+    Raises:
+        UserError: naming the first node that differs.
+    """
+    stem = graph.next(graph.input, "Conv")
+    prelu = graph.next(graph.convolution(stem)[2], "PRelu")
+    normed = any(node.op == "BatchNormalization" for node in graph.consumers(prelu.output))
+    return walk_iresnet(graph) if normed else mobilefacenet.walk(graph)
+
+
+def walk_iresnet(graph: Graph) -> tuple[IResNetConfig, dict[str, np.ndarray]]:
     """Sizes and weights of an IResNet graph.
 
     Raises:
@@ -17,7 +35,9 @@ def walk(graph: Graph) -> tuple[IResNetConfig, dict[str, np.ndarray]]:
     """
     arrays: dict[str, np.ndarray] = {}
 
-    def conv(node, name: str) -> str:  # noqa: ANN001
+    def conv(node, name: str, step: int = 1) -> str:  # noqa: ANN001
+        if stride(node) != step:
+            raise graph.refuse(node, f"stride {step}")
         arrays[f"{name}.kernel"], arrays[f"{name}.bias"], out = graph.convolution(node)
         return out
 
@@ -44,14 +64,14 @@ def walk(graph: Graph) -> tuple[IResNetConfig, dict[str, np.ndarray]]:
             raise graph.refuse(consumers[0], "BatchNormalization at the start of a block")
         h = conv(graph.next(affine(norm, f"{name}.norm"), "Conv"), f"{name}.conv1")
         last = graph.next(prelu(h, f"{name}.prelu"), "Conv")
-        h = conv(last, f"{name}.conv2")
+        if other.op == "Conv" and (stride(last) != 2 or stride(other) != 2):
+            raise graph.refuse(last, "stride 2 in the first block of a stage")
+        h = conv(last, f"{name}.conv2", stride(other))
         add = graph.next(h, "Add")
         if other.op == "Conv":
-            shortcut = conv(other, f"{name}.shortcut")
+            shortcut = conv(other, f"{name}.shortcut", 2)
             widths.append(arrays[f"{name}.conv2.bias"].size)
             layers.append(0)
-            if stride(last) != 2 or stride(other) != 2:
-                raise graph.refuse(last, "stride 2 in the first block of a stage")
         else:
             shortcut = x
         if {h, shortcut} != set(add.inputs) or not layers:
@@ -64,26 +84,16 @@ def walk(graph: Graph) -> tuple[IResNetConfig, dict[str, np.ndarray]]:
 
     x = affine(graph.next(x, "BatchNormalization"), "norm")
     x = graph.next(x, "Flatten", "Reshape").output
-    gemm = graph.next(x, "Gemm")
-    kernel = graph.constant(gemm, 1).astype(np.float64)
-    kernel = kernel if gemm.attributes.get("transB", 0) else kernel.T
-    bias = graph.constant(gemm, 2).astype(np.float64)
-    x = gemm.output
-    if features := graph.follows(x, "BatchNormalization"):
-        scale, shift = graph.affine(features)
-        kernel, bias, x = kernel * scale[:, None], bias * scale + shift, features.output
-    if x not in graph.outputs:
-        raise graph.refuse(graph.consumers(x)[0] if graph.consumers(x) else gemm, "the embedding as the output")
+    kernel, bias = graph.embedding(x)
     side = CROP // 2**STAGES
     if kernel.shape[1] != widths[-1] * side * side:
-        raise graph.refuse(
-            gemm, f"{widths[-1] * side * side} features of a {CROP}x{CROP} crop, found {kernel.shape[1]}"
-        )
+        features = f"{widths[-1] * side * side} features of a {CROP}x{CROP} crop"
+        raise graph.refuse(graph.producer(x), f"{features}, found {kernel.shape[1]}")
     # The graph flattens channels first, the module channels last.
     kernel = kernel.reshape(-1, widths[-1], side, side).transpose(2, 3, 1, 0).reshape(-1, bias.size)
     arrays["fc.kernel"], arrays["fc.bias"] = kernel.astype(np.float32), bias.astype(np.float32)
     return IResNetConfig(tuple(widths), tuple(layers), stem, bias.size), arrays
 
 
-COMPONENT = OnnxComponent(IResNet, walk)
+COMPONENT = OnnxComponent(make_embedder, walk)
 convert, load = COMPONENT.convert, COMPONENT.load

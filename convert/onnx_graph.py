@@ -15,6 +15,8 @@ from rfl_jax.errors import UserError, first_line
 
 PASS_THROUGH = ("Identity", "Dropout")
 SIDE_CHAINS = ("Shape",)
+# What some exporters leave before a weight; the axes of length one that the second adds matter to nobody here.
+OF_WEIGHTS = ("Transpose", "Unsqueeze")
 
 
 class Node:
@@ -66,6 +68,10 @@ class Graph:
                 self.constants[node.output] = numpy_helper.to_array(node.attributes["value"])
             elif node.op in PASS_THROUGH:
                 alias[node.output] = node.inputs[0]
+            elif node.op in OF_WEIGHTS and node.inputs[0] in self.constants:
+                weight = self.constants[node.inputs[0]]
+                turned = node.op == "Transpose"
+                self.constants[node.output] = weight.transpose(node.attributes.get("perm")) if turned else weight
             elif node.op not in SIDE_CHAINS:
                 self._producer[node.output] = node
                 for name in dict.fromkeys(node.inputs):
@@ -117,17 +123,18 @@ class Graph:
             scale = gamma / np.sqrt(variance + node.attributes.get("epsilon", 1e-5))
             return scale, beta - mean * scale
 
-    def convolution(self, node: Node) -> tuple[np.ndarray, np.ndarray, str]:
+    def convolution(self, node: Node, *, padded: bool = True) -> tuple[np.ndarray, np.ndarray, str]:
         """Kernel [h, w, in, out] and bias of a square convolution, a following batch norm folded in, and the tensor
-        that leaves.
+        that leaves. It is padded by half its kernel, or not at all.
         """
         kernel = self.constant(node, 1).astype(np.float64)
         bias = self.constant(node, 2).astype(np.float64) if len(node.inputs) > 2 else np.zeros(kernel.shape[0])
         size = kernel.shape[-1]
         pads = list(node.attributes.get("pads", [0, 0, 0, 0]))
         dilations = list(node.attributes.get("dilations", [1, 1]))
-        if kernel.ndim != 4 or kernel.shape[2] != size or pads != [size // 2] * 4 or dilations != [1, 1]:
-            raise self.refuse(node, "a square convolution padded by half its kernel")
+        border = size // 2 if padded else 0
+        if kernel.ndim != 4 or kernel.shape[2] != size or pads != [border] * 4 or dilations != [1, 1]:
+            raise self.refuse(node, "a square convolution padded by half its kernel" if padded else "no padding")
         out = node.output
         if norm := self.follows(out, "BatchNormalization"):
             scale, shift = self.affine(norm)
@@ -135,6 +142,28 @@ class Graph:
                 kernel, bias, out = kernel * scale[:, None, None, None], bias * scale + shift, norm.output
         with np.errstate(all="ignore"):
             return kernel.transpose(2, 3, 1, 0).astype(np.float32), bias.astype(np.float32), out
+
+    def embedding(self, tensor: str) -> tuple[np.ndarray, np.ndarray]:
+        """Kernel [out, in] and bias, float64, of the linear layer that makes the graph's output of a tensor, a batch norm
+        after it folded in.
+        """
+        node = self.next(tensor, "Gemm", "MatMul")
+        kernel = self.constant(node, 1).astype(np.float64)
+        kernel = kernel if node.attributes.get("transB", 0) else kernel.T
+        if kernel.ndim != 2 or node.attributes.get("transA", 0):
+            raise self.refuse(node, "a product of features and a matrix")
+        if any(node.attributes.get(factor, 1.0) != 1.0 for factor in ("alpha", "beta")):
+            raise self.refuse(node, "a product with no factors of its own")
+        bias = self.constant(node, 2).astype(np.float64) if len(node.inputs) > 2 else np.zeros(len(kernel))
+        out = node.output
+        if norm := self.follows(out, "BatchNormalization"):
+            scale, shift = self.affine(norm)
+            with np.errstate(all="ignore"):
+                kernel, bias, out = kernel * scale[:, None], bias * scale + shift, norm.output
+        if out not in self.outputs:
+            after = self.consumers(out)
+            raise self.refuse(after[0] if after else node, "the embedding as the output")
+        return kernel, bias
 
 
 def stride(node: Node) -> int:

@@ -20,6 +20,7 @@ def of_sources(
     *,
     loras: Sequence[tuple[str, str, float]] = (),
     expert: str = "",
+    licence: str = "",
 ) -> dict[str, Any]:
     """What a description records of its sources.
 
@@ -29,6 +30,7 @@ def of_sources(
         dtype: as asked for; None: as in the source.
         loras: adapters that were merged: as the command line named them, the file, and the strength.
         expert: whose adapters were asked for; empty for those that a file has.
+        licence: of a face network's weights, in a line; empty for others.
     """
     found = [file for name in files for file in files_of(epath.Path(name))]
     return {
@@ -36,6 +38,7 @@ def of_sources(
         "files": [{"name": f.name, "bytes": f.stat().length, "content": content_of(f)} for f in found],
         "loras": [{"name": name, "strength": strength, "content": fingerprint(file)} for name, file, strength in loras],
         "expert": expert,
+        "licence": licence,
         "mapping_version": MAPPING_VERSION,
         "dtype": dtype or "as in the source",
     }
@@ -56,7 +59,7 @@ def show(directory: str) -> str:
     arrays = store.stored_arrays(directory)
     print(f"component   {content['kind']}")
     print(f"config      {content['cfg']}")
-    for name in ("named", "dtype", "expert", "mapping_version"):
+    for name in ("named", "dtype", "expert", "licence", "mapping_version"):
         if content["origin"].get(name):
             print(f"{name:12s}{content['origin'][name]}")
     for entry in content["origin"].get("files", ()):

@@ -24,6 +24,7 @@ from rfl_jax.models.umt5 import UMT5Config
 from rfl_jax.models.wan.config import DiTConfig, VAEConfig
 from rfl_jax.models.weights import dotted, fill
 from rfl_jax.rewards.arcface import IResNetConfig
+from rfl_jax.rewards.mobilefacenet import BottleneckSpec, ConvPReLUSpec, MobileFaceNetConfig
 from rfl_jax.rewards.scrfd import BlockSpec, ConvSpec, PoolSpec, SCRFDConfig
 
 SAFETENSORS = {"dit": dit.COMPONENT, "vae": vae.COMPONENT, "umt5": umt5.COMPONENT}
@@ -32,7 +33,7 @@ KINDS = (*SAFETENSORS, *ONNX)
 WRITTEN = "expected weights written by python -m convert"
 CAST_TO = ("float32", "bfloat16", "float16")  # dtypes that weights can be cast to
 CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "arcface": IResNetConfig, "lora": LoraConfig}
-LAYERS = {kind.__name__: kind for kind in (ConvSpec, PoolSpec, BlockSpec)}
+LAYERS = {kind.__name__: kind for kind in (ConvSpec, PoolSpec, BlockSpec, ConvPReLUSpec, BottleneckSpec)}
 
 
 def convert(
@@ -242,16 +243,23 @@ def count(arrays: Mapping[str, Any]) -> int:
 
 def _to_json(cfg: Any) -> dict:
     content = dataclasses.asdict(cfg)
-    if isinstance(cfg, SCRFDConfig):
-        content["backbone"] = [{"layer": type(spec).__name__, **dataclasses.asdict(spec)} for spec in cfg.backbone]
+    table = "backbone" if isinstance(cfg, SCRFDConfig) else "layers" if isinstance(cfg, MobileFaceNetConfig) else None
+    if table:
+        specs = getattr(cfg, table)
+        content[table] = [{"layer": type(spec).__name__, **dataclasses.asdict(spec)} for spec in specs]
     return json.loads(json.dumps(content))
+
+
+def _layers(content: Sequence[dict]) -> tuple[Any, ...]:
+    return tuple(LAYERS[c["layer"]](**{k: v for k, v in c.items() if k != "layer"}) for c in content)
 
 
 def _from_json(kind: str, content: dict) -> Any:
     if kind == "scrfd":
-        backbone = tuple(
-            LAYERS[c["layer"]](**{k: v for k, v in c.items() if k != "layer"}) for c in content["backbone"]
-        )
         tower = tuple(ConvSpec(**spec) for spec in content["tower"])
-        return SCRFDConfig(backbone, tuple(content["taps"]), content["neck"], tower, content["output_kernel"])
+        backbone, taps = _layers(content["backbone"]), tuple(content["taps"])
+        return SCRFDConfig(backbone, taps, content["neck"], tower, content["output_kernel"])
+    # An IResNet's layers are numbers, a MobileFaceNet's are told one by one.
+    if kind == "arcface" and isinstance(content["layers"][0], dict):
+        return MobileFaceNetConfig(_layers(content["layers"]), content["embedding"])
     return CONFIGS[kind](**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})

@@ -209,7 +209,7 @@ class EvalSection:
 
     file_name: Annotated[str, "csv of held-out clips, with columns video and prompt; empty: no evaluation."] = ""
     judge_model_path: Annotated[
-        str, "Folder of antelopev2 files whose embedder only judges; needed where file_name is set."
+        str, "Folder, like reward_model_path, whose embedder only judges; needed where file_name is set."
     ] = ""
     num_samples: Annotated[int, AtLeast(1), "Held-out clips that are evaluated at most: the first of them."] = 16
     validation_samples: Annotated[int, AtLeast(1), "Clips of a validation at most: the first of those evaluated."] = 8
@@ -302,7 +302,10 @@ class Original:
         Names, "The same on the Hugging Face hub as org/name[@revision]:pattern, where model_paths is empty."
     ] = ()
     tokenizer_path: Annotated[str, "UMT5's tokenizer.json or its folder; empty: fetched from the hub."] = ""
-    reward_model_path: Annotated[str, "Folder of antelopev2's detector and embedder (ONNX, or converted)."] = ""
+    reward_model_path: Annotated[
+        str,
+        "Folder with a face detector and an embedder, as antelopev2, buffalo_l or AuraFace-v1 (ONNX, or converted).",
+    ] = ""
     trainable_models: Annotated[
         Names, Listed(TRAINABLE, empty=True), "Networks that train: in full, where lora_base_model does not name them."
     ] = ("dit2",)

@@ -24,7 +24,7 @@ from rfl_jax.config import parse
 from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.files import write_whole
 from rfl_jax.models.lora import is_adapters
-from rfl_jax.runs import RunFolder, find_checkpoint, read_network, takes_average, trained_networks
+from rfl_jax.runs import RunFolder, find_checkpoint, licence_header, read_network, takes_average, trained_networks
 from rfl_jax.sources import experts_of, find_sources
 from rfl_jax.terminal import command_line, tell_next
 
@@ -39,7 +39,7 @@ class Trained:
         network: "dit" or "dit2".
         arrays: adapters, or all weights, by dotted path.
         metadata: base model, network, step, "average" or "raw" weights, hash of the configuration; rank and alpha of
-            adapters; the step's score.
+            adapters; the step's score; licences of the face networks.
         config: the run's configuration, to be parsed.
     """
 
@@ -101,6 +101,7 @@ def read_expert(folder: RunFolder, checkpoint: epath.Path, network: str, *, raw:
     score = _score(folder, int(checkpoint.name))
     if score is not None:
         metadata["face_score"] = f"{score:.6f}"
+    metadata |= licence_header(folder.read_licences())
     return Trained(network, arrays, metadata, config)
 
 

@@ -1,6 +1,7 @@
 """The folder of a run: what lies where in it, and what training left there."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ class RunFolder:
 
     @property
     def about(self) -> epath.Path:
-        """Versions, devices and weights that the run trains with."""
+        """Versions, devices and weights that the run trains with, and the licences of those of faces."""
         return self.path / "run.json"
 
     @property
@@ -120,6 +121,17 @@ class RunFolder:
             raise UserError(f"{self.path}: expected the folder of a run, with its {self.config.name}")
         return read_json(self.config)
 
+    def read_licences(self) -> dict[str, str]:
+        """Lines on the licences of the face networks that the run trains with; none of a run of an earlier release.
+
+        Raises:
+            UserError: run.json cannot be read, or tells no lines.
+        """
+        found = read_json(self.about).get("licences", {}) if self.about.exists() else {}
+        if not isinstance(found, dict) or not all(isinstance(line, str) for line in found.values()):
+            raise UserError(f"{self.about}: licences: {found!r}, expected a line for each network")
+        return found
+
     def read_lines(self) -> list[tuple[str, dict[str, Any]]]:
         """Lines of metrics.jsonl as they are written, and what they say; none where there is no such file. A last line that
         is not ended is left out: a full disk cut it off, or it is on its way while training runs.
@@ -137,6 +149,11 @@ class RunFolder:
                 raise UserError(f"{where}: expected the number of a step, found {content.get('step')!r}")
             lines.append((line.decode(), content))
         return lines
+
+
+def licence_header(licences: Mapping[str, str]) -> dict[str, str]:
+    """The lines on licences as entries of a safetensors file's header, `licence_detector` and so on."""
+    return {f"licence_{network}": line for network, line in licences.items()}
 
 
 def _steps(checkpoints: epath.Path) -> list[int]:

@@ -23,7 +23,7 @@ class Sources:
     Attributes:
         dit: of the high-noise expert, or of the only one.
         dit2: of the low-noise expert; empty where one network serves all steps.
-        reward: folder of antelopev2 onnx files.
+        reward: folder of the face networks.
     """
 
     dit: list[str]

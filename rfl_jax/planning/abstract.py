@@ -21,7 +21,7 @@ from rfl_jax.networks.faces import detector_file, embedder_file
 from rfl_jax.networks.parts import Frozen, Networks, States, frozen_places, split_networks
 from rfl_jax.networks.table import REWARD, TERMS, abstract_network, describe
 from rfl_jax.networks.terms import build_terms, open_terms, prepared_for, term_arrays
-from rfl_jax.rewards.arcface import IResNetConfig
+from rfl_jax.rewards.embedder import EmbedderConfig
 from rfl_jax.rewards.face import FaceReward, Seen
 from rfl_jax.rewards.scrfd import SCRFDConfig
 from rfl_jax.rewards.term import prepare_term
@@ -64,7 +64,7 @@ class Plan:
     samples: int
     vae: VAEConfig
     detector: SCRFDConfig
-    embedder: IResNetConfig
+    embedder: EmbedderConfig
     frames: int
     height: int
     width: int

@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +21,8 @@ from rfl_jax.planning.hlo import Program, Traffic, collectives
 from rfl_jax.planning.links import Links
 from rfl_jax.planning.predict import Prediction, predict
 from rfl_jax.programs import not_kept
-from rfl_jax.rewards.arcface import CROP, IResNet
+from rfl_jax.rewards.arcface import CROP
+from rfl_jax.rewards.embedder import make_embedder
 from rfl_jax.rewards.scrfd import SCRFD
 from rfl_jax.terminal import waiting
 from rfl_jax.training.flops import decoded_frames, decoded_pixels, dit_flops, forward_passes, int8_flops
@@ -222,7 +224,7 @@ def step_flops(cfg: Config, plan: Plan) -> tuple[float, float]:
     decode = _forward_flops(VAE, plan.vae, (1, 1, rows, columns, plan.vae.z_dim))
     before, scored = decoded_frames(cfg, frames)
     pixels = decoded_pixels(cfg, plan.frames, plan.vae.stride[0])
-    embed = pixels * _forward_flops(IResNet, plan.embedder, (1, CROP, CROP, 3))
+    embed = pixels * _forward_flops(make_embedder, plan.embedder, (1, CROP, CROP, 3))
     detect = pixels * _forward_flops(SCRFD, plan.detector, (1, size, size, 3))
     terms = sum(plan.terms.values())
     rest = plan.samples * ((before + 2 * scored) * decode + 2 * embed + detect + terms)
@@ -255,7 +257,7 @@ def least_seconds(cfg: Config, plan: Plan, chip: Chip | None) -> float:
 
 # A search asks for the same networks at the same sizes again and again.
 @functools.cache
-def _forward_flops(network: type, sizes: Any, shape: tuple[int, ...]) -> float:
+def _forward_flops(network: Callable[..., nnx.Module], sizes: Any, shape: tuple[int, ...]) -> float:
     graph, weights = nnx.split(nnx.eval_shape(lambda: network(sizes, rngs=nnx.Rngs(0))))
 
     def forward(weights: nnx.State, x: jax.Array) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rfl_jax.rewards.scrfd import ANCHORS, SCRFD, STRIDES
+from rfl_jax.rewards.scrfd import ANCHORS, SCRFD, STRIDES, Detections
 
 COMPATS = ("insightface", "roll")
 SCORE_THRESHOLD = 0.5
@@ -116,19 +116,26 @@ def anchor_points(size: int) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray
     return np.concatenate(points).astype(np.float32), np.concatenate(strides).astype(np.float32)
 
 
+def _areas(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b"]:
+    """Square pixels of boxes x1, y1, x2, y2."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
 def _suppress(
     boxes: Float[Array, "n 4"], scores: Float[Array, " n"], threshold: float, plus: float, most: int
 ) -> tuple[Int[Array, " {most}"], Int[Array, ""]]:
     """Greedy suppression of one image: indices of the kept boxes by falling score, and how many there are.
 
     Each turn keeps the best box left and drops all that overlap it by more than the threshold, so it takes as many
-    turns as there are faces and needs no sort and no limit on candidates.
+    turns as there are faces and needs no sort and no limit on candidates. Of more than `most` faces the largest stay: one
+    that finds no place left takes that of the smallest, if it is larger.
     """
     x1, y1, x2, y2 = jnp.moveaxis(boxes, -1, 0)
     areas = (x2 - x1 + plus) * (y2 - y1 + plus)
+    sizes = _areas(boxes)
 
-    def turn(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        left, kept, count = state
+    def turn(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        left, kept, turns, count = state
         best = jnp.argmax(left)
         width = jnp.maximum(0, jnp.minimum(x2, x2[best]) - jnp.maximum(x1, x1[best]) + plus)
         height = jnp.maximum(0, jnp.minimum(y2, y2[best]) - jnp.maximum(y1, y1[best]) + plus)
@@ -136,14 +143,19 @@ def _suppress(
         overlap = inter / (areas + areas[best] - inter)
         # Negated, so that a degenerate box (0/0) is dropped too and the loop ends.
         left = jnp.where(~(overlap <= threshold), -1.0, left).at[best].set(-1.0)
-        return left, kept.at[count].set(best), count + 1
-
-    def more(state: tuple[Array, Array, Array]) -> Array:
-        return (jnp.max(state[0]) >= 0) & (state[2] < most)
+        smallest = jnp.argmin(sizes[kept])
+        free = count < most
+        place = jnp.where(free, count, smallest)
+        enters = free | (sizes[best] > sizes[kept[smallest]])
+        kept, turns = (x.at[place].set(jnp.where(enters, new, x[place])) for x, new in ((kept, best), (turns, count)))
+        return left, kept, turns, count + 1
 
     start = jnp.where(scores >= SCORE_THRESHOLD, scores, -1.0)
-    _, kept, count = jax.lax.while_loop(more, turn, (start, jnp.zeros(most, jnp.int32), jnp.int32(0)))
-    return kept, count
+    nobody = jnp.zeros(most, jnp.int32), jnp.full(most, scores.size, jnp.int32)
+    _, kept, turns, count = jax.lax.while_loop(
+        lambda state: jnp.max(state[0]) >= 0, turn, (start, *nobody, jnp.int32(0))
+    )
+    return kept[jnp.argsort(turns)], jnp.minimum(count, most)
 
 
 def detect(
@@ -161,10 +173,22 @@ def detect(
         images: RGB in [-1, 1].
         size: side of the detector's square input, a multiple of 32.
         compat: "insightface" or "roll", see the module.
-        most: faces kept an image.
+        most: faces kept an image, the largest of them.
     """
     canvas, scale = letterbox(images, size, compat)
-    raw = detector(canvas)
+    return faces_of(detector(canvas), scale, size=size, compat=compat, most=most)
+
+
+def faces_of(raw: Detections, scale: float, *, size: int, compat: str, most: int) -> Faces:
+    """Faces from a detector's outputs.
+
+    Args:
+        raw: of every anchor; distances in strides.
+        scale: that the images were resized by.
+        size: as for `detect`.
+        compat: as for `detect`.
+        most: as for `detect`.
+    """
     points, strides = (jnp.asarray(x)[None] for x in anchor_points(size))
     low = points - raw.boxes[..., :2] * strides[..., None]
     high = points + raw.boxes[..., 2:] * strides[..., None]
@@ -183,8 +207,7 @@ def detect(
 
 def largest(faces: Faces) -> tuple[Float[Array, "b 5 2"], Float[Array, "b 4"], Bool[Array, " b"]]:
     """Keypoints and box of each image's largest face (zeros where there is none), and whether there is one."""
-    area = (faces.boxes[..., 2] - faces.boxes[..., 0]) * (faces.boxes[..., 3] - faces.boxes[..., 1])
-    index = jnp.argmax(jnp.where(faces.valid, area, -jnp.inf), 1)
+    index = jnp.argmax(jnp.where(faces.valid, _areas(faces.boxes), -jnp.inf), 1)
     kps = jnp.take_along_axis(faces.kps, index[:, None, None, None], 1)[:, 0]
     boxes = jnp.take_along_axis(faces.boxes, index[:, None, None], 1)[:, 0]
     return kps, boxes, jnp.any(faces.valid, 1)

@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from rfl_jax.rewards.align import align, similarity
-from rfl_jax.rewards.arcface import IResNet
 from rfl_jax.rewards.detect import detect, largest
+from rfl_jax.rewards.embedder import Embedder
 from rfl_jax.rewards.points import follow_points
 from rfl_jax.rewards.scrfd import SCRFD
 from rfl_jax.sharding import context_shards, pin_frames, pin_tokens
@@ -101,7 +101,7 @@ def reward_loss(score: Float[Array, "*b"]) -> Float[Array, "*b"]:
 class FaceReward(nnx.Module):
     """Detector and embedder with the rule that compares faces. Differentiable in the pixels, not through detection."""
 
-    def __init__(self, detector: SCRFD, embedder: IResNet, cfg: RewardConfig) -> None:
+    def __init__(self, detector: SCRFD, embedder: Embedder, cfg: RewardConfig) -> None:
         self.detector = detector
         self.embedder = embedder
         self.cfg = cfg

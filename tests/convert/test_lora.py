@@ -339,6 +339,14 @@ def test_a_runs_adapters_are_exported_and_trained_on(monkeypatch, settings, tmp_
     assert metadata["weights"] == "raw"
     assert float(metadata["face_score"]) == pytest.approx(line["face_score"], abs=1e-6)
     assert len(metadata["config_sha256"]) == 64
+    # Whose faces it was trained against goes with it, from run.json.
+    told = {key: metadata[key] for key in metadata if key.startswith("licence_")}
+    assert told.keys() == {"licence_detector", "licence_embedder", "licence_judge"}
+    assert told["licence_embedder"] == "the miniature's embedder: Apache-2.0 (NOTICE)"
+    licences = json.loads((tmp_path / "first" / "run.json").read_text())["licences"]
+    assert told == {f"licence_{network}": line for network, line in licences.items()}
+    with safe_open(automatic, framework="numpy") as opened:
+        assert told.items() <= opened.metadata().items()
     export_first("--step", 1, "--format", "diffusers", "--dst", tmp_path / "b.safetensors")
     earlier = load_file(tmp_path / "b.safetensors")
     assert not np.array_equal(

@@ -64,6 +64,7 @@ def folder(tmp_path):
         "devices": {"kind": "cpu", "count": 8, "processes": 2, "mesh": {"data": 2, "fsdp": 2, "context": 2}},
         "weights": {"dit": {"high.safetensors": "abc"}}, "trained_parameters": {"dit2": 1234},
         "clips": {"trained_on": 4, "held_out": CLIPS},
+        "licences": {"detector": "somebody's detector: research only", "embedder": "unknown licence & no name"},
     }  # fmt: skip
     (run / "run.json").write_text(json.dumps(about))
     clips = []
@@ -414,6 +415,17 @@ def test_the_alarm_is_on_the_page(folder):
     record["validations"][0]["alarm"] = ""
     (folder / "validation.json").write_text(json.dumps(record))
     assert "Alarm" not in render(read_run(RunFolder(folder)), most=0)
+
+
+def test_the_page_tells_the_licences_of_the_face_networks(folder):
+    page = render(read_run(RunFolder(folder)), most=0)
+    assert re.search(r"licence, detector</th><td>somebody&#39;s detector: research only</td>", page)
+    assert re.search(r"licence, embedder</th><td>unknown licence &amp; no name</td>", page)
+    # Earlier releases did not write them.
+    about = json.loads((folder / "run.json").read_text())
+    del about["licences"]
+    (folder / "run.json").write_text(json.dumps(about))
+    assert "licence," not in render(read_run(RunFolder(folder)), most=0)
 
 
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(folder):

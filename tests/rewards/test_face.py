@@ -7,20 +7,29 @@ import pytest
 from flax import nnx
 
 from rfl_jax.rewards.align import TEMPLATE, align, invert, similarity
-from rfl_jax.rewards.arcface import IResNet, IResNetConfig
-from rfl_jax.rewards.detect import _suppress, letterbox, letterbox_size
+from rfl_jax.rewards.arcface import IResNetConfig
+from rfl_jax.rewards.detect import _suppress, anchor_points, faces_of, largest, letterbox, letterbox_size
+from rfl_jax.rewards.embedder import make_embedder
 from rfl_jax.rewards.face import FaceReward, RewardConfig, cosine_with_pool, real_agreement, usable_pool
-from rfl_jax.rewards.scrfd import SCRFD, ConvSpec, resnet
+from rfl_jax.rewards.mobilefacenet import BottleneckSpec, ConvPReLUSpec, MobileFaceNetConfig
+from rfl_jax.rewards.scrfd import SCRFD, ConvSpec, Detections, resnet
 from tests.rewards.pooled import pooled_score
 
-EMBEDDER = IResNetConfig(widths=(4, 4, 6, 8), layers=(1, 1, 1, 1), stem=4, embedding=8)
+IRESNET = IResNetConfig(widths=(4, 4, 6, 8), layers=(1, 1, 1, 1), stem=4, embedding=8)
+MOBILE = MobileFaceNetConfig(
+    (
+        ConvPReLUSpec(8, 3, 2, 1), ConvPReLUSpec(8, 3, 1, 4), BottleneckSpec(8, 8, 2, False), BottleneckSpec(8, 8, 1, True),
+        BottleneckSpec(16, 16, 2, False), BottleneckSpec(16, 32, 2, False), ConvPReLUSpec(32, 1, 1, 1),
+    ),
+    embedding=8,
+)  # fmt: skip
 
 
-def make_reward(**cfg):
+def make_reward(embedder=IRESNET, **cfg):
     detector = SCRFD(resnet((4, 4, 4), (4, 4, 6, 8), (1, 1, 1, 1), 4, (ConvSpec(8),)), rngs=nnx.Rngs(0))
     for head in detector.heads:  # a random detector finds nothing
         head.cls.bias[...] = head.cls.bias[...] - 4.0
-    return FaceReward(detector, IResNet(EMBEDDER, rngs=nnx.Rngs(1)), RewardConfig(detector_size=64, **cfg))
+    return FaceReward(detector, make_embedder(embedder, rngs=nnx.Rngs(1)), RewardConfig(detector_size=64, **cfg))
 
 
 def random_kps(rng, n):
@@ -89,6 +98,46 @@ def test_suppression_ends_on_degenerate_boxes():
     assert count == 1
 
 
+def crowd(counts, size=640):
+    """A detector's outputs for one image a count: so many faces apart from each other, the larger the less sure of it."""
+    points, strides = anchor_points(size)
+    apart = np.flatnonzero((strides == 32) & ~np.any(points % 64, 1))[::2]
+    scores = np.zeros((len(counts), len(points)), np.float32)
+    distances = np.ones((len(counts), len(points), 4), np.float32)
+    kps = np.random.default_rng(7).normal(size=(len(counts), len(points), 5, 2)).astype(np.float32)
+    for i, count in enumerate(counts):
+        rows = np.random.default_rng(count).permutation(apart)[:count]
+        scores[i, rows] = np.linspace(0.99, 0.51, count)
+        distances[i, rows] = np.linspace(0.2, 0.9, count)[:, None]
+    return Detections(*map(jnp.asarray, (scores, distances, kps)))
+
+
+@pytest.mark.parametrize("compat", ["insightface", "roll"])
+def test_a_crowd_keeps_its_largest_faces(compat):
+    raw = crowd([100, 64, 65, 3])
+    faces = jax.jit(lambda raw: faces_of(raw, 0.5, size=640, compat=compat, most=64))(raw)
+    sides = np.asarray(faces.boxes[..., 2] - faces.boxes[..., 0])
+    assert list(faces.valid.sum(1)) == [64, 64, 64, 3]
+    for i, count in enumerate((100, 64, 65, 3)):
+        want = (np.linspace(0.2, 0.9, count) * 2 * 32 / 0.5)[-64:]  # by falling score, which here is rising size
+        np.testing.assert_allclose(sides[i, : len(want)], want, rtol=1e-5)
+    _, boxes, found = largest(faces)
+    assert found.all()
+    np.testing.assert_allclose(boxes[:, 2] - boxes[:, 0], 0.9 * 2 * 32 / 0.5, rtol=1e-5)
+    # Those that are cut leave no trace in the points of the others.
+    order = np.argsort(-np.asarray(raw.scores[0]), kind="stable")[36:100]
+    points, strides = anchor_points(640)
+    kps = (points[order, None] + np.asarray(raw.kps[0])[order] * strides[order, None, None]) / 0.5
+    np.testing.assert_allclose(faces.kps[0], kps, rtol=1e-5)
+
+
+def test_faces_that_find_room_are_those_that_no_limit_gives():
+    raw = crowd([63, 64])
+    few, many = (faces_of(raw, 1.0, size=640, compat="insightface", most=most) for most in (64, 512))
+    for got, want in zip(jax.tree.leaves(few), jax.tree.leaves(many), strict=True):
+        np.testing.assert_array_equal(got, want[:, :64])
+
+
 @pytest.mark.parametrize("shape", [(50, 120), (200, 90), (64, 64)])
 def test_letterbox_is_torchs_antialiased_resize(shape):
     torch = pytest.importorskip("torch")
@@ -144,9 +193,9 @@ def test_a_real_clip_agrees_with_itself_as_each_frame_does_with_the_others():
     assert found[2] == np.inf
 
 
-@pytest.mark.parametrize("compat", ["insightface", "roll"])
-def test_pixel_gradient_equals_finite_differences(compat):
-    reward = make_reward(compat=compat)
+@pytest.mark.parametrize(("embedder", "compat"), [(IRESNET, "insightface"), (IRESNET, "roll"), (MOBILE, "insightface")])
+def test_pixel_gradient_equals_finite_differences(embedder, compat):
+    reward = make_reward(embedder, compat=compat)
     rng = np.random.default_rng(5)
     y, x = np.mgrid[:64, :64] / 64
     waves = [np.sin(2 * np.pi * (rng.uniform(1, 3) * x + rng.uniform(1, 3) * y) + p) for p in rng.uniform(0, 6, 6)]
