@@ -87,6 +87,7 @@ def test_the_config_of_both_experts_draws_two_steps_of_each():
     }
 
 
+@pytest.mark.slow
 def test_every_mesh_gives_the_gradients_of_one_device_to_both(settings, tmp_path):
     short = {**BOTH, "reward.compat": "roll", "num_inference_steps": 4, "final_timestep": 3}
     short |= {"mid_timestep": 0, "window.mode": "random", "window.steps": 2}
@@ -130,6 +131,7 @@ def export(monkeypatch, *arguments):
     export_main()
 
 
+@pytest.mark.slow
 def test_both_experts_learn_and_come_out_of_an_interrupted_run_bit_for_bit(
     settings, tmp_path, clip_folder, monkeypatch, capsys
 ):
