@@ -588,6 +588,11 @@ RULES = (
         f"at most one term of the type {FACE}",
     ),
     Rule(
+        ("reward.terms",),
+        lambda cfg: any(term.weight for term in cfg.terms.values()) or cfg.real.weight > 0,
+        "a term with a weight above 0, as nothing else is trained on",
+    ),
+    Rule(
         ("reward.ceiling", "reward.terms"),
         lambda cfg: not (cfg.reward.ceiling and cfg.reward.terms),
         "false, as each term in reward.terms has its own",

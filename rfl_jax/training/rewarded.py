@@ -22,11 +22,13 @@ Tally = tuple[Float[Array, ""], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """Attributes:
-    loss: of all terms, mean over the samples.
-    score: of the faces.
-    guards: metrics of the guards, means over the samples.
-    tallies: of each term in `reward.terms`, by name.
+    """What a batch of videos is rewarded by.
+
+    Attributes:
+        loss: of all terms, mean over the samples.
+        score: of the faces.
+        guards: metrics of the guards, means over the samples.
+        tallies: of each term in `reward.terms`, by name.
     """
 
     loss: Float[Array, ""]

@@ -103,10 +103,11 @@ def test_the_loss_sums_standardised_scores_of_those_that_are_valid(reward):
 
 
 def test_a_watched_term_is_seen_and_not_trained_on(reward):
-    loss, slope, tallies = reward(with_terms(a={"type": LEVEL, "weight": 0.0}))
+    # Grey pictures have no face: the term that is trained on gives nothing here.
+    loss, slope, tallies = reward(with_terms(face={}, a={"type": LEVEL, "weight": 0.0}))
     assert loss == 0
     assert not slope.any()
-    assert tallies == {"a": (0.5, 1)}
+    assert tallies == {"face": (0, 0), "a": (0.5, 1)}
 
 
 def test_beyond_the_ceiling_a_term_has_no_gradient(reward):
@@ -265,6 +266,7 @@ def test_prepared_arrays_are_known_by_what_they_depend_on(tmp_path, monkeypatch)
         ({"reward.terms": {"sharpness": {"region": "eye"}}}, "config.reward.terms.sharpness.region: expected face or frame"),
         ({"reward.terms": {"A": {}}}, "config.reward.terms.A: expected a name of lower-case letters"),
         ({"reward.terms": {"a": {"type": "face"}, "b": {"type": "face"}}}, "config.reward.terms: expected at most one term"),
+        ({"reward.terms": {"face": {"weight": 0.0}}}, "config.reward.terms: expected a term with a weight above 0"),
         ({"reward.terms": {"face": {}}, "reward.ceiling": True}, "config.reward.ceiling: expected false, as each term"),
         ({"reward.terms": {"anti_copy": {}}, "reward.frames": 1}, "config.reward.frames: expected 0, as the term anti_copy"),
         ({"reward.terms": {"motion": {}}, "motion.weight": 0.5}, "config.motion.weight: expected 0, as reward.terms does not"),
