@@ -150,7 +150,7 @@ class Scored:
     @property
     def compared(self) -> Bool[np.ndarray, " t"]:
         """The frames whose similarity counts: those with a face, or of all people those in which the real clip has any."""
-        return self.mask if self.people is None else self.people.counts.any(1)
+        return self.mask if self.people is None else np.any(self.people.counts, 1)
 
     def measures(self) -> dict[str, float]:
         """The values of `MEASURES`, and of the terms. What needs a face is 0 where no frame has one."""
