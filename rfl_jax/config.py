@@ -75,6 +75,10 @@ class RewardSection(RewardConfig):
     use_first_frame: Annotated[
         bool, "Whether the real clip's first frame, which the network is given, counts among its faces."
     ] = RewardConfig.use_first_frame
+    people: Annotated[
+        Literal["largest", "all"],
+        "Who counts: the largest face of each frame, as in the original, or all people of the real clip, each by herself.",
+    ] = "largest"
     frames: Annotated[
         int,
         AtLeast(0),
@@ -416,6 +420,11 @@ class Config(Original):
         return tuple(name for name, weight in asked.items() if weight)
 
     @property
+    def people_arrays(self) -> Names:
+        """Arrays that are prepared of the real clips' people where all of them count, see `FaceReward.people`."""
+        return ("people_pool", "people_boxes") if self.reward.people == "all" else ()
+
+    @property
     def terms(self) -> dict[str, TermSettings]:
         """The terms of the reward by name: the table's, or the face alone."""
         return dict(self.reward.terms) or {FACE: TermSettings(FACE, ceiling=self.reward.ceiling)}
@@ -581,6 +590,11 @@ RULES = (
         ("reward.frames", "reward.terms"),
         lambda cfg: not (cfg.reward.frames and _compares_with_first_frame(cfg)),
         lambda cfg: f"0, as the term {_compares_with_first_frame(cfg)} compares with the first frame",
+    ),
+    Rule(
+        ("reward.people", "reward.frames"),
+        lambda cfg: not (cfg.reward.people == "all" and cfg.reward.frames),
+        "largest, as people are followed from the first frame, which reward.frames leaves out",
     ),
     Rule(
         ("reward.terms",),

@@ -1,5 +1,5 @@
 """Prepared clips as files: one npz a clip, one for each of its noises after the frozen prefix, one for guards that ask for it, one
-for each term of the reward.
+for each term of the reward, one of its people where all of them count.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from rfl_jax.data.metadata import Clip
 from rfl_jax.errors import refuse_damage
 from rfl_jax.files import write_whole
 from rfl_jax.networks.terms import term_arrays
+from rfl_jax.rewards.people import VERSION
 
 ClipArrays = dict[str, np.ndarray]
 
@@ -57,6 +58,18 @@ class PreparedClip:
     def term_file(self, key: str) -> epath.Path:
         """The npz of a term, beside the clip's own."""
         return self.file.parent / f"{self.file.stem}.{key}.npz"
+
+    def load_people(self, names: Sequence[str]) -> ClipArrays:
+        """These arrays of its people, see `ClipEncoder.encode_people`; raises as `read_arrays` does."""
+        if not names:
+            return {}
+        found = read_arrays(self.people_file, names)
+        return {name: found[name] for name in names}
+
+    @property
+    def people_file(self) -> epath.Path:
+        """The npz of its people, beside the clip's own."""
+        return self.file.parent / f"{self.file.stem}.people{VERSION}.npz"
 
     def load_prefix(self, index: int) -> np.ndarray:
         """Latents [t, h, w, c] of one noise."""

@@ -38,6 +38,7 @@ def make_iterator(
     noises: int,
     real: Sequence[str] = (),
     terms: Mapping[str, str] | None = None,
+    people: Sequence[str] = (),
     share: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """An endless iterator over batches of this process's share; its state can be saved.
@@ -51,6 +52,7 @@ def make_iterator(
         noises: a clip's noises, after which the first comes again; 0: never.
         real: arrays that a batch has for guards.
         terms: of the reward, see `PreparedClip.load_terms`.
+        people: arrays that a batch has of the clips' people, see `PreparedClip.load_people`.
         share: number of this process's part of every batch, and the number of parts.
     """
 
@@ -61,7 +63,7 @@ def make_iterator(
         values = clip.load(names)
         arrays = {"clip": np.array(number, np.int32), "noise_index": np.array(index, np.int32)}
         arrays |= {name: values[name] for name in names} | clip.load_real(real)
-        arrays |= clip.load_terms(terms or {})
+        arrays |= clip.load_terms(terms or {}) | clip.load_people(people)
         return arrays | ({"prefix": clip.load_prefix(index)} if clip.prefix else {})
 
     dataset = grain.MapDataset.source(range(len(clips))).seed(seed).shuffle().repeat(EPOCHS)

@@ -85,6 +85,16 @@ class ClipEncoder:
             encoded = self._encode_terms(video, {"pool": clip["pool"]})
         return {name: {key: np.asarray(x) for key, x in arrays.items()} for name, arrays in encoded.items()}
 
+    def encode_people(self, video: np.ndarray) -> ClipArrays:
+        """What is known of a clip's people, see `FaceReward.people`; of the judge too where there is one.
+
+        Args:
+            video: [t, h, w, 3] in [-1, 1].
+        """
+        first = "_encode_people" not in vars(self)
+        with waiting("compile the search for the people of a clip", show=first and is_writer()):
+            return {name: np.asarray(x) for name, x in self._encode_people(video).items()}
+
     @functools.cached_property
     def _vae(self) -> VAE:
         return open_network(self.cfg, "vae", self.sources.vae, "prepare")
@@ -135,6 +145,20 @@ class ClipEncoder:
             kps, _, found = networks["reward"].find(video)
             measures = {"motion": motion, "copying": copying}
             return out | {name: measures[name](kps[None], found[None])[0] for name in names if name in measures}
+
+        return functools.partial(encode, weights)
+
+    @functools.cached_property
+    def _encode_people(self) -> Callable[[np.ndarray], dict[str, jax.Array]]:
+        networks: dict[str, FaceReward] = {"reward": self._reward}
+        if self.judge:
+            networks["judge"] = open_judge(self.cfg, self._reward, self.judge)
+        graph, weights = nnx.split(networks)
+
+        @jax.jit
+        def encode(weights: nnx.State, video: jax.Array) -> dict[str, jax.Array]:
+            networks = nnx.merge(graph, weights)
+            return networks["reward"].people(video, networks.get("judge"))
 
         return functools.partial(encode, weights)
 

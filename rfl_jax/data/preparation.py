@@ -89,14 +89,15 @@ def _prepare(
     real: Sequence[str],
     terms: Mapping[str, str],
 ) -> str:
-    """The name of a clip's file. It is written if it is not there, and so are those beside it: with the arrays of `real`, and
-    of each term of the reward.
+    """The name of a clip's file. It is written if it is not there, and so are those beside it: with the arrays of `real`, of
+    each term of the reward, and of its people.
     """
     prepared = PreparedClip(clip, cache / f"{_clip_hash(settings, clip)}.npz")
     missing = not prepared.file.exists()
     missing_real = bool(real) and not prepared.real_file(real).exists()
     missing_terms = {name: key for name, key in terms.items() if not prepared.term_file(key).exists()}
-    if not missing and not missing_real and not missing_terms:
+    missing_people = bool(encoder.cfg.people_arrays) and not prepared.people_file.exists()
+    if not any((missing, missing_real, missing_terms, missing_people)):
         return prepared.file.name
     video = read_clip(clip.video, **clip_settings(encoder.cfg))
     if missing:
@@ -106,6 +107,8 @@ def _prepare(
         write_arrays(prepared.file, arrays)
     if missing_real:
         write_arrays(prepared.real_file(real), encoder.encode_real(video, real))
+    if missing_people:
+        write_arrays(prepared.people_file, encoder.encode_people(video))
     if missing_terms:
         arrays = encoder.encode_terms(video, prepared.load(("pool",)))
         for name, key in missing_terms.items():

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from rfl_jax.data.videos import write_video
 from rfl_jax.evaluation.held_out import HeldOut
-from rfl_jax.evaluation.measures import MEASURES, Measure, means, measures_of
+from rfl_jax.evaluation.measures import MEASURES, Measure, Scored, means, measures_of, several
 from rfl_jax.evaluation.statistics import compare
 from rfl_jax.files import write_whole
 from rfl_jax.hosts import is_writer
@@ -54,10 +54,11 @@ def evaluate(held_out: HeldOut, params: Mapping[str, States], folder: RunFolder,
                 real = held_out.real(number)
                 clip: dict[str, Any] = {"video": row.video.name, "prompt": row.prompt}
                 clip["reference"] = {"file": written(number, "reference", real.video), "frames": real.frames()}
+                clip["reference"] |= of_people(real, real)
                 for name in NAMES:
                     one = judged[name][i]
                     file = written(number, name, one.video)
-                    clip[name] = {**one.measures(), "file": file, "frames": one.frames()}
+                    clip[name] = {**one.measures(), "file": file, "frames": one.frames(), **of_people(one, real)}
                 clips[number] = clip
     result = summary([clips[number] for number in sorted(clips)], held_out.term_measures) | {"step": step}
     if is_writer():
@@ -68,6 +69,16 @@ def evaluate(held_out: HeldOut, params: Mapping[str, States], folder: RunFolder,
         write_whole(files / "change.png", png(bar_figure(result)))
         write_whole(folder.evaluation, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def of_people(one: Scored, real: Scored) -> dict[str, Any]:
+    """What a clip with several people has besides: "people", their measures and their "boxes" by frame, the largest first, and
+    "swaps"; empty for other clips.
+    """
+    if one.people is None or not several(real):
+        return {}
+    rows = zip(one.people.measures(), one.people.frames(), strict=True)
+    return {"people": [{**measures, "boxes": boxes} for measures, boxes in rows], "swaps": one.people.swaps()}
 
 
 def summary(clips: list[dict[str, Any]], terms: Mapping[str, Measure] | None = None) -> dict[str, Any]:

@@ -14,23 +14,25 @@ from jaxtyping import Array
 from rfl_jax import hosts
 from rfl_jax.config import Config
 from rfl_jax.data.batching import Batches, filled, in_batches
-from rfl_jax.data.cache import PreparedClip
+from rfl_jax.data.cache import ClipArrays, PreparedClip
 from rfl_jax.data.sizes import clip_settings
 from rfl_jax.data.videos import read_clip, to_uint8
-from rfl_jax.evaluation.measures import ByTerm, Scored, term_measures
+from rfl_jax.evaluation.measures import ByPerson, ByTerm, Scored, term_measures
 from rfl_jax.networks.faces import open_judge
 from rfl_jax.networks.parts import Frozen, Networks, States, untrained
 from rfl_jax.networks.table import REWARD, TERMS
 from rfl_jax.networks.terms import build_terms, prepared_for, shown_as, term_keys
-from rfl_jax.rewards.face import FaceReward, Score, cosine_with_pool, usable_pool
+from rfl_jax.rewards.face import FaceReward, Score, cosine_with_pool, usable_people, usable_pool
+from rfl_jax.rewards.people import NOBODY, likenesses, mean_of_frames, of_people, own
 from rfl_jax.rewards.term import TermScore
 from rfl_jax.sampling.rollout import rollout
 from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
 from rfl_jax.sharding import replicated
 from rfl_jax.terminal import waiting
 
-# What the networks say of videos: the face's score, each frame's similarity by the judging embedder, and the terms by name.
-Judged = tuple[Score, Array, dict[str, TermScore]]
+# What the networks say of videos: the face's score, each frame's similarity by the judging embedder, the terms by name, and where
+# all people count the judging embedder's similarity of each one's face to everybody's.
+Judged = tuple[Score, Array, dict[str, TermScore], Array | None]
 
 # Folded into the run's key, so that no clip is judged on a noise it was trained on.
 EVALUATION = 0x5EED
@@ -73,6 +75,7 @@ class HeldOut:
         self._key = evaluation_key(key)
         self._whole = replicated(batches.mesh)
         self._terms = term_keys(cfg)
+        self._people = (*cfg.people_arrays, "judge_people_pool") if cfg.people_arrays else ()
         self.term_measures = term_measures(cfg)
         reward = networks.build(REWARD, {}, frozen)
         self._judge_graph, judge = nnx.split(open_judge(cfg, reward, cfg.eval.judge_model_path))
@@ -107,7 +110,7 @@ class HeldOut:
         names = (*self._batches.names, "judge_pool")
         loaded = [self.clips[i].load(names) for i in rows]
         loaded = [{name: x[name] for name in names} for x in loaded]
-        loaded = [x | self.clips[i].load_terms(self._terms) for x, i in zip(loaded, rows, strict=True)]
+        loaded = [x | self._besides(self.clips[i]) for x, i in zip(loaded, rows, strict=True)]
         arrays = {name: np.stack([x[name] for x in loaded]) for name in loaded[0]}
         if self.clips[rows[0]].prefix:
             arrays["prefix"] = np.stack([self.clips[i].load_prefix(0) for i in rows])
@@ -125,11 +128,15 @@ class HeldOut:
         video = read_clip(clip.clip.video, **clip_settings(self._cfg))[None]
         names = ("pool", "judge_pool")
         arrays = clip.load(names)
-        arrays = {name: arrays[name] for name in names} | clip.load_terms(self._terms)
+        arrays = {name: arrays[name] for name in names} | self._besides(clip)
         kept = Frozen({name: self._frozen.rest[name] for name in (REWARD, TERMS) if name in self._frozen.rest}, {})
         with jax.set_mesh(self._batches.mesh):
             judged = self._score(kept, self._judge, video, {name: x[None] for name, x in arrays.items()})
         return _scored(video, judged)[0]
+
+    def _besides(self, clip: PreparedClip) -> ClipArrays:
+        """What is compared with besides the largest face: for the reward's terms, and all people."""
+        return clip.load_terms(self._terms) | clip.load_people(self._people)
 
     # All weights are arguments: what a jitted function closes over becomes a constant of its program.
     @functools.cached_property
@@ -158,19 +165,30 @@ class HeldOut:
         """What the networks say of videos, whose faces are looked for once."""
         reward: FaceReward = self._networks.build(REWARD, {}, frozen)
         seen = reward.see(video)
-        score = reward.compare(seen, batch["pool"])
+        score = reward.score(seen, batch)
         other: FaceReward = nnx.merge(self._judge_graph, judge)
-        frames = video.reshape(-1, *video.shape[2:])
-        embeddings = other.embed(frames, score.kps.reshape(-1, 5, 2), score.mask.reshape(-1))
-        mask = usable_pool(batch["judge_pool"], use_first_frame=self._cfg.reward.use_first_frame)
-        judged = cosine_with_pool(embeddings.reshape(*score.mask.shape, -1), batch["judge_pool"], mask)
+        first = self._cfg.reward.use_first_frame
+        each = None
+        if score.people is None:
+            frames = video.reshape(-1, *video.shape[2:])
+            embeddings = other.embed(frames, score.kps.reshape(-1, 5, 2), score.mask.reshape(-1))
+            mask = usable_pool(batch["judge_pool"], use_first_frame=first)
+            judged = cosine_with_pool(embeddings.reshape(*score.mask.shape, -1), batch["judge_pool"], mask)
+        else:
+            pool = batch["judge_people_pool"]
+            alike = likenesses(seen.by(other).crowd_embeddings, pool, usable_people(pool, use_first_frame=first))
+            each = of_people(alike, score.people.face)
+            _, judged = mean_of_frames(own(each), score.people.counts)
         terms = build_terms(self._cfg, self._networks, {}, frozen)
-        return score, judged, {name: term(seen, prepared_for(name, term, batch)) for name, term in terms.items()}
+        return score, judged, {name: term(seen, prepared_for(name, term, batch)) for name, term in terms.items()}, each
 
 
 def _scored(video: np.ndarray, judged: Judged) -> list[Scored]:
     """The clips of a batch one by one, off the devices."""
-    score, by_judge, terms = judged
+    score, by_judge, terms, each = judged
+    found = score.people
+    people = None if found is None else (found.similarity, each, found.face != NOBODY, found.counts, found.boxes)
+    people = jax.device_get(people)
     fields = jax.device_get((score.per_frame, by_judge, score.mask, score.kps, score.boxes))
     by_term = jax.device_get({shown_as(name): (found.score, found.per_frame) for name, found in terms.items()})
     return [
@@ -178,6 +196,7 @@ def _scored(video: np.ndarray, judged: Judged) -> list[Scored]:
             to_uint8(frames),
             *values,
             terms={name: ByTerm(float(scores[i]), by_frame[i]) for name, (scores, by_frame) in by_term.items()},
+            people=None if people is None else ByPerson(*(x[i] for x in people)),
         )
         for i, (frames, *values) in enumerate(zip(video, *fields, strict=True))
     ]

@@ -1,6 +1,7 @@
 """What is measured of one video: identity, motion, copying of the first frame, the picture itself, and the terms of the reward."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,65 @@ class ByTerm:
     frames: Float[np.ndarray, " t"]
 
 
+@dataclasses.dataclass(frozen=True)
+class ByPerson:
+    """The people of the real clip in a video, the largest first.
+
+    Attributes:
+        face: cosine of each one's face with her own of the real clip, by the reward's embedder; 0 without a face.
+        judge: likewise of each one's face with everybody's, by the embedder that only judges.
+        found: whether she has a face in a frame.
+        counts: whether she is there in that frame of the real clip.
+        boxes: of her face in pixels.
+    """
+
+    face: Float[np.ndarray, "t p"]
+    judge: Float[np.ndarray, "t p p"]
+    found: Bool[np.ndarray, "t p"]
+    counts: Bool[np.ndarray, "t p"]
+    boxes: Float[np.ndarray, "t p 4"]
+
+    @property
+    def known(self) -> list[int]:
+        """Those whom the real clip has."""
+        return [int(i) for i in np.flatnonzero(self.counts.any(0))]
+
+    def measures(self) -> list[dict[str, float]]:
+        """Of each: similarities, and in which share of the frames that she should be in she has a face."""
+        told = []
+        for i in self.known:
+            at = self.counts[:, i]
+            means = {
+                "face_sim": self.face[at, i],
+                "judge_sim": self.judge[at, i, i],
+                "face_fraction": self.found[at, i],
+            }
+            told.append({name: float(values.mean()) for name, values in means.items()})
+        return told
+
+    def frames(self) -> list[list[Any]]:
+        """Of each by frame her box, null without a face."""
+        return [
+            [[round(float(x), 1) for x in box] if there else None for box, there in zip(boxes, found, strict=True)]
+            for boxes, found in ((self.boxes[:, i], self.found[:, i]) for i in self.known)
+        ]
+
+    def swaps(self) -> int:
+        """How often two people exchange their faces, or exchange them back: the judging embedder finds both more like the other,
+        in frames that have both.
+        """
+        count = 0
+        for i, j in itertools.combinations(self.known, 2):
+            both = self.found[:, i] & self.found[:, j] & self.counts[:, i] & self.counts[:, j]
+            right, wrong = (
+                self.judge[both, i, i] + self.judge[both, j, j],
+                self.judge[both, i, j] + self.judge[both, j, i],
+            )
+            # Nobody is swapped before the first frame.
+            count += int(np.sum(np.diff((wrong > right).astype(int), prepend=0) != 0))
+        return count
+
+
 def term_measures(cfg: Config) -> dict[str, Measure]:
     """The measures of a run's terms by name; the face's term has its own in `MEASURES`."""
     kinds = {name: find_term(term.type) for name, term in cfg.other_terms.items()}
@@ -74,6 +134,8 @@ class Scored:
         kps: its five points in pixels.
         boxes: its box x1, y1, x2, y2 in pixels.
         terms: of the reward besides the face's, by the names of their measures.
+        people: each by herself, where all people count; `face` and `judge` are then means over those who are there in the real
+            clip's frame, `mask`, `kps` and `boxes` the largest face's.
     """
 
     video: UInt8[np.ndarray, "t h w 3"]
@@ -83,13 +145,19 @@ class Scored:
     kps: Float[np.ndarray, "t 5 2"]
     boxes: Float[np.ndarray, "t 4"]
     terms: Mapping[str, ByTerm] = dataclasses.field(default_factory=dict)
+    people: ByPerson | None = None
+
+    @property
+    def compared(self) -> Bool[np.ndarray, " t"]:
+        """The frames whose similarity counts: those with a face, or of all people those in which the real clip has any."""
+        return self.mask if self.people is None else np.any(self.people.counts, 1)
 
     def measures(self) -> dict[str, float]:
         """The values of `MEASURES`, and of the terms. What needs a face is 0 where no frame has one."""
-        found = self.mask.any()
+        at = self.compared
         return {
-            "face_sim": float(self.face[self.mask].mean()) if found else 0.0,
-            "judge_sim": float(self.judge[self.mask].mean()) if found else 0.0,
+            "face_sim": float(self.face[at].mean()) if at.any() else 0.0,
+            "judge_sim": float(self.judge[at].mean()) if at.any() else 0.0,
             "motion": motion(self.kps, self.mask),
             "face_fraction": float(self.mask.mean()),
             "dynamics": dynamics(self.video),
@@ -102,15 +170,20 @@ class Scored:
     def frames(self) -> dict[str, list[Any]]:
         """Per frame: similarities and boxes, null without a face; and the terms' scores."""
 
-        def where(values: Sequence[Any]) -> list[Any]:
-            return [value if there else None for value, there in zip(values, self.mask, strict=True)]
+        def where(values: Sequence[Any], mask: Bool[np.ndarray, " t"]) -> list[Any]:
+            return [value if there else None for value, there in zip(values, mask, strict=True)]
 
         return {
-            "face_sim": where([round(float(x), 4) for x in self.face]),
-            "judge_sim": where([round(float(x), 4) for x in self.judge]),
-            "box": where([[round(float(x), 1) for x in box] for box in self.boxes]),
+            "face_sim": where([round(float(x), 4) for x in self.face], self.compared),
+            "judge_sim": where([round(float(x), 4) for x in self.judge], self.compared),
+            "box": where([[round(float(x), 1) for x in box] for box in self.boxes], self.mask),
             **{name: [round(float(x), 4) for x in term.frames] for name, term in self.terms.items()},
         }
+
+
+def several(real: Scored) -> bool:
+    """Whether a clip has several people of whom each counts."""
+    return real.people is not None and len(real.people.known) > 1
 
 
 def motion(kps: Float[np.ndarray, "t 5 2"], mask: Bool[np.ndarray, " t"]) -> float:

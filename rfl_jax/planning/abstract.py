@@ -23,6 +23,7 @@ from rfl_jax.networks.table import REWARD, TERMS, abstract_network, describe
 from rfl_jax.networks.terms import build_terms, open_terms, prepared_for, term_arrays
 from rfl_jax.rewards.embedder import EmbedderConfig
 from rfl_jax.rewards.face import FaceReward, Seen
+from rfl_jax.rewards.people import PEOPLE
 from rfl_jax.rewards.scrfd import SCRFDConfig
 from rfl_jax.rewards.term import prepare_term
 from rfl_jax.sampling.prefix import jit_prefix, prefix_arguments
@@ -250,6 +251,8 @@ def _batch(
     }
     real = {"latents": (*latents, dit.out_dim), "motion": (), "copying": ()}
     batch |= {name: _of_samples(cfg, mesh, *real[name]) for name in cfg.real_arrays}
+    people = {"people_pool": pool, "people_boxes": (pool[0], 4)}
+    batch |= {name: _of_samples(cfg, mesh, PEOPLE, *people[name]) for name in cfg.people_arrays}
     if "text_encoder" in cfg.trained:
         batch |= {name: _of_samples(cfg, mesh, dit.text_len, dtype=jnp.int32) for name in ("ids", "mask")}
     else:

@@ -23,6 +23,7 @@ from rfl_jax.planning.predict import Prediction, predict
 from rfl_jax.programs import not_kept
 from rfl_jax.rewards.arcface import CROP
 from rfl_jax.rewards.embedder import make_embedder
+from rfl_jax.rewards.people import PEOPLE
 from rfl_jax.rewards.scrfd import SCRFD
 from rfl_jax.terminal import waiting
 from rfl_jax.training.flops import decoded_frames, decoded_pixels, dit_flops, forward_passes, int8_flops
@@ -215,7 +216,7 @@ def step_flops(cfg: Config, plan: Plan) -> tuple[float, float]:
 
     Transformers by formula; autoencoder and face networks as the compiler counts their forward passes. The decoder
     and the embedder run forward, again when rematerialised, and backward to their inputs, which takes as much; the
-    detector forward alone. Terms of the reward as the compiler counts them, forward and backward.
+    detector forward alone. Where all people count, the embedder sees `PEOPLE` faces of each frame. Terms of the reward as the compiler counts them, forward and backward.
     """
     needed, executed = dit_flops(cfg, plan.sampler, plan.latents, plan.samples)
     frames, rows, columns = plan.latents
@@ -224,7 +225,8 @@ def step_flops(cfg: Config, plan: Plan) -> tuple[float, float]:
     decode = _forward_flops(VAE, plan.vae, (1, 1, rows, columns, plan.vae.z_dim))
     before, scored = decoded_frames(cfg, frames)
     pixels = decoded_pixels(cfg, plan.frames, plan.vae.stride[0])
-    embed = pixels * _forward_flops(make_embedder, plan.embedder, (1, CROP, CROP, 3))
+    faces = PEOPLE if cfg.reward.people == "all" else 1
+    embed = faces * pixels * _forward_flops(make_embedder, plan.embedder, (1, CROP, CROP, 3))
     detect = pixels * _forward_flops(SCRFD, plan.detector, (1, size, size, 3))
     terms = sum(plan.terms.values())
     rest = plan.samples * ((before + 2 * scored) * decode + 2 * embed + detect + terms)

@@ -3,7 +3,7 @@
 import itertools
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -168,7 +168,8 @@ def _clips(run: Run, most: int) -> list[dict[str, Any]]:
                 "way": way,
                 "label": f"{clip['video']}, {TITLES[way]}",
                 "video": embed(run.evaluation_video(clip[way]["file"])),
-                "frames": json.dumps({name: clip[way]["frames"][name] for name in ("judge_sim", "box")}),
+                "frames": json.dumps({"judge_sim": clip[way]["frames"]["judge_sim"], "boxes": boxes_of(clip[way])}),
+                "people": len(boxes_of(clip[way])),
                 "curve": curve(clip[way]["frames"]["judge_sim"], low, high),
                 "measures": {k: clip[way].get(k) for k in ("face_sim", "judge_sim", "motion", "copying")},
                 "terms": {k: clip[way][shown_as(k)] for k in _terms(run) if shown_as(k) in clip[way]},
@@ -179,6 +180,8 @@ def _clips(run: Run, most: int) -> list[dict[str, Any]]:
             {
                 "video": clip["video"], "prompt": clip["prompt"], "gain": gain(clip), "rank": rank, "videos": videos,
                 "frames": len(clip["reference"]["frames"]["judge_sim"]), "low": low, "high": high,
+                "people": list(zip(*([one["judge_sim"] for one in clip[way].get("people", [])] for way in WAYS[1:]), strict=True)),
+                "swaps": [clip[way].get("swaps", 0) for way in WAYS[1:]],
             }
         )  # fmt: skip
     return clips
@@ -186,7 +189,15 @@ def _clips(run: Run, most: int) -> list[dict[str, Any]]:
 
 def _samples(run: Run) -> list[dict[str, Any]]:
     """The last videos that training wrote."""
-    return [{"way": "", "label": file.name, "video": embed(file), "frames": ""} for file in run.samples[-LAST_SAMPLES:]]
+    return [
+        {"way": "", "label": file.name, "video": embed(file), "frames": "", "people": 0}
+        for file in run.samples[-LAST_SAMPLES:]
+    ]
+
+
+def boxes_of(video: Mapping[str, Any]) -> list[list[Any]]:
+    """Boxes by frame of each person of a clip with several, else of the largest face."""
+    return [one["boxes"] for one in video["people"]] if "people" in video else [video["frames"]["box"]]
 
 
 def curve(values: Sequence[float | None], low: float, high: float) -> str:

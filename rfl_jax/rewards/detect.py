@@ -116,8 +116,8 @@ def anchor_points(size: int) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray
     return np.concatenate(points).astype(np.float32), np.concatenate(strides).astype(np.float32)
 
 
-def _areas(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b"]:
-    """Square pixels of boxes x1, y1, x2, y2."""
+def areas(boxes: Float[Array, "*b 4"]) -> Float[Array, "*b"]:
+    """Square pixels of boxes x1, y1, x2, y2; 0 of a face that is not there."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
@@ -131,8 +131,8 @@ def _suppress(
     that finds no place left takes that of the smallest, if it is larger.
     """
     x1, y1, x2, y2 = jnp.moveaxis(boxes, -1, 0)
-    areas = (x2 - x1 + plus) * (y2 - y1 + plus)
-    sizes = _areas(boxes)
+    whole = (x2 - x1 + plus) * (y2 - y1 + plus)
+    sizes = areas(boxes)
 
     def turn(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         left, kept, turns, count = state
@@ -140,7 +140,7 @@ def _suppress(
         width = jnp.maximum(0, jnp.minimum(x2, x2[best]) - jnp.maximum(x1, x1[best]) + plus)
         height = jnp.maximum(0, jnp.minimum(y2, y2[best]) - jnp.maximum(y1, y1[best]) + plus)
         inter = width * height
-        overlap = inter / (areas + areas[best] - inter)
+        overlap = inter / (whole + whole[best] - inter)
         # Negated, so that a degenerate box (0/0) is dropped too and the loop ends.
         left = jnp.where(~(overlap <= threshold), -1.0, left).at[best].set(-1.0)
         smallest = jnp.argmin(sizes[kept])
@@ -207,7 +207,16 @@ def faces_of(raw: Detections, scale: float, *, size: int, compat: str, most: int
 
 def largest(faces: Faces) -> tuple[Float[Array, "b 5 2"], Float[Array, "b 4"], Bool[Array, " b"]]:
     """Keypoints and box of each image's largest face (zeros where there is none), and whether there is one."""
-    index = jnp.argmax(jnp.where(faces.valid, _areas(faces.boxes), -jnp.inf), 1)
+    index = jnp.argmax(jnp.where(faces.valid, areas(faces.boxes), -jnp.inf), 1)
     kps = jnp.take_along_axis(faces.kps, index[:, None, None, None], 1)[:, 0]
     boxes = jnp.take_along_axis(faces.boxes, index[:, None, None], 1)[:, 0]
     return kps, boxes, jnp.any(faces.valid, 1)
+
+
+def largest_of(faces: Faces, most: int) -> tuple[Float[Array, "b k 5 2"], Float[Array, "b k 4"], Bool[Array, "b k"]]:
+    """Keypoints and boxes of each image's `most` largest faces, the largest first (zeros where there are fewer), and whether there
+    is one.
+    """
+    size, index = jax.lax.top_k(jnp.where(faces.valid, areas(faces.boxes), -jnp.inf), most)
+    kps = jnp.take_along_axis(faces.kps, index[:, :, None, None], 1)
+    return kps, jnp.take_along_axis(faces.boxes, index[:, :, None], 1), size > -jnp.inf

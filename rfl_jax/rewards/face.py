@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from rfl_jax.rewards.align import align, similarity
-from rfl_jax.rewards.detect import detect, largest
-from rfl_jax.rewards.embedder import Embedder
+from rfl_jax.rewards.detect import Faces, areas, detect, largest, largest_of
+from rfl_jax.rewards.embedder import Embedder, unit
+from rfl_jax.rewards.people import PEOPLE, Crowd, PeopleScore, mean_of_frames, of_people, people_of, score_people
 from rfl_jax.rewards.points import follow_points
 from rfl_jax.rewards.scrfd import SCRFD
 from rfl_jax.sharding import context_shards, pin_frames, pin_tokens
@@ -29,12 +30,14 @@ class RewardConfig:
         channel_order: "rgb", or "bgr" to feed ArcFace swapped channels as the original does.
         detector_size: side of the detector's square input in pixels, a multiple of 32.
         use_first_frame: whether the real clip's first frame, which the model is given, counts in the pool.
+        people: who counts: the "largest" face of each frame, or "all" people of the real clip, each by herself.
     """
 
     compat: str = "insightface"
     channel_order: str = "rgb"
     detector_size: int = 640
     use_first_frame: bool = False
+    people: str = "largest"
 
 
 @dataclasses.dataclass
@@ -42,12 +45,15 @@ class Score:
     """Reward of a batch of videos.
 
     Attributes:
-        score: [b] mean cosine over frames with a face, 0 where there is none.
-        per_frame: [b, t] mean cosine with the pool, 0 without a face.
+        score: [b] mean of `per_frame` over frames with a face, 0 where there is none; of all people over frames in which the
+            real clip has any.
+        per_frame: [b, t] mean cosine with the pool, 0 without a face; of all people the mean over those whom the real clip
+            has in the frame.
         mask: [b, t] whether the frame has a face.
-        kps: [b, t, 5, 2] the chosen face's points in pixels.
+        kps: [b, t, 5, 2] the largest face's points in pixels.
         boxes: [b, t, 4] its box x1, y1, x2, y2 in pixels.
         valid: [b] whether the sample has a face in its frames and in its pool.
+        people: each by herself, where all count.
     """
 
     score: Float[Array, " b"]
@@ -56,15 +62,10 @@ class Score:
     kps: Float[Array, "b t 5 2"]
     boxes: Float[Array, "b t 4"]
     valid: Bool[Array, " b"]
+    people: PeopleScore | None = None
 
 
-jax.tree_util.register_dataclass(Score, ["score", "per_frame", "mask", "kps", "boxes", "valid"], [])
-
-
-def unit(x: Float[Array, "b n e"]) -> Float[Array, "b n e"]:
-    """Rows of length 1; rows of zeros stay."""
-    square = jnp.sum(x * x, -1, keepdims=True)
-    return x * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+jax.tree_util.register_dataclass(Score, ["score", "per_frame", "mask", "kps", "boxes", "valid", "people"], [])
 
 
 def cosine_with_pool(
@@ -82,6 +83,11 @@ def usable_pool(pool: Float[Array, "b g e"], *, use_first_frame: bool = False) -
     return mask if use_first_frame else mask.at[:, 0].set(False)
 
 
+def usable_people(pool: Float[Array, "b p g e"], *, use_first_frame: bool = False) -> Bool[Array, "b p g"]:
+    """`usable_pool` of each person's faces."""
+    return jax.vmap(lambda x: usable_pool(x, use_first_frame=use_first_frame))(pool)
+
+
 def real_agreement(pool: Float[Array, "b g e"], pool_mask: Bool[Array, "b g"]) -> Float[Array, " b"]:
     """What real clips score against their own faces: the mean over a pool's valid rows of each row's mean cosine with the
     other ones; infinite for a pool of fewer than two.
@@ -91,6 +97,18 @@ def real_agreement(pool: Float[Array, "b g e"], pool_mask: Bool[Array, "b g"]) -
     # Of all pairs' cosines, which make up the square of the rows' sum, those of a row with itself are 1.
     pairs = jnp.sum(jnp.sum(rows, 1) ** 2, -1) - count
     return jnp.where(count > 1, pairs / jnp.maximum(count * (count - 1), 1), jnp.inf)
+
+
+def real_score(cfg: RewardConfig, clip: Mapping[str, Array]) -> Float[Array, " b"]:
+    """What real clips score against themselves, of what `FaceReward.score` takes: `real_agreement`, of all people as their score
+    is a mean.
+    """
+    if cfg.people == "largest":
+        return real_agreement(clip["pool"], usable_pool(clip["pool"], use_first_frame=cfg.use_first_frame))
+    mask = usable_people(clip["people_pool"], use_first_frame=cfg.use_first_frame)
+    agreed = jax.vmap(real_agreement)(clip["people_pool"], mask)
+    counts = ((areas(clip["people_boxes"]) > 0) & jnp.any(mask, 2, keepdims=True)).swapaxes(1, 2)
+    return mean_of_frames(jnp.broadcast_to(agreed[:, None], counts.shape), counts)[0]
 
 
 def reward_loss(score: Float[Array, "*b"]) -> Float[Array, "*b"]:
@@ -110,16 +128,34 @@ class FaceReward(nnx.Module):
         self, frames: Float[Array, "n h w 3"]
     ) -> tuple[Float[Array, "n 5 2"], Float[Array, "n 4"], Bool[Array, " n"]]:
         """Points and box of each frame's largest face in pixels, and whether there is one; no gradient."""
-        faces = detect(
-            self.detector, jax.lax.stop_gradient(frames), size=self.cfg.detector_size, compat=self.cfg.compat
-        )
-        kps, boxes, found = largest(faces)
+        kps, boxes, found = largest(self._detect(frames))
         return jax.lax.stop_gradient(kps), jax.lax.stop_gradient(boxes), found
+
+    def find_all(self, frames: Float[Array, "n h w 3"]) -> Crowd:
+        """The `PEOPLE` largest faces of each frame; no gradient."""
+        return Crowd(*jax.lax.stop_gradient(largest_of(self._detect(frames), PEOPLE)))
+
+    def _detect(self, frames: Float[Array, "n h w 3"]) -> Faces:
+        return detect(self.detector, jax.lax.stop_gradient(frames), size=self.cfg.detector_size, compat=self.cfg.compat)
 
     def embed(
         self, frames: Float[Array, "n h w 3"], kps: Float[Array, "n 5 2"], found: Bool[Array, " n"]
     ) -> Float[Array, "n e"]:
-        """Embeddings of the faces at these points; zeros where there is none.
+        """Embeddings of the faces at these points; zeros where there is none."""
+        crops = self._crops(frames, kps, found)
+        return jnp.where(found[:, None], self.embedder(crops), 0)
+
+    def embed_all(self, frames: Float[Array, "n h w 3"], crowd: Crowd) -> Float[Array, "n k e"]:
+        """Embeddings of several faces of each frame, likewise; each costs what one costs."""
+        n, k = crowd.there.shape
+        crops = [self._crops(frames, crowd.kps[:, i], crowd.there[:, i]) for i in range(k)]
+        crops = jnp.stack(crops, 1).reshape(n * k, *crops[0].shape[1:])
+        return jnp.where(crowd.there[..., None], self.embedder(crops).reshape(n, k, -1), 0)
+
+    def _crops(
+        self, frames: Float[Array, "n h w 3"], kps: Float[Array, "n 5 2"], found: Bool[Array, " n"]
+    ) -> Float[Array, "n 112 112 3"]:
+        """What the embedder sees of the faces at these points.
 
         Under `compat="insightface"` pixels outside the frame are black, as its 8-bit warp leaves them; the
         original's are mid-grey.
@@ -132,13 +168,24 @@ class FaceReward(nnx.Module):
         if self.cfg.channel_order == "bgr":
             crops = crops[..., ::-1]
         # Frames without a face are embedded as well (shapes are fixed) and dropped, values and gradient.
-        crops = jnp.where(found[:, None, None, None], crops, 0)
-        return jnp.where(found[:, None], self.embedder(crops), 0)
+        return jnp.where(found[:, None, None, None], crops, 0)
 
     def pool(self, frames: Float[Array, "g h w 3"]) -> tuple[Float[Array, "g e"], Bool[Array, " g"]]:
         """Embeddings of a real clip's faces (zeros without one) and where they were found."""
         kps, _, found = self.find(frames)
         return self.embed(frames, kps, found), found
+
+    def people(self, frames: Float[Array, "g h w 3"], judge: "FaceReward | None" = None) -> dict[str, Array]:
+        """What is known of a real clip's people, by name: "people_pool" [p, g, e], the embeddings of each one's faces, and
+        "people_boxes" [p, g, 4] in pixels, both zeros where she is not there; "judge_people_pool" of another embedder.
+        """
+        crowd = self.find_all(frames)
+        embeddings = self.embed_all(frames, crowd)
+        face = people_of(embeddings, crowd.boxes, crowd.there)[None]
+        known = {"people_pool": embeddings, "people_boxes": crowd.boxes}
+        if judge is not None:
+            known["judge_people_pool"] = judge.embed_all(frames, crowd)
+        return {name: of_people(x[None], face)[0].swapaxes(0, 1) for name, x in known.items()}
 
     def see(self, video: Float[Array, "b t h w 3"]) -> "Seen":
         """Decoded videos, clamped here to [-1, 1], and the largest face of each frame."""
@@ -147,7 +194,18 @@ class FaceReward(nnx.Module):
         extra = -t % context_shards()
         video = jnp.pad(jnp.clip(video, -1, 1), ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)), constant_values=-1)
         frames = pin_frames(pin_tokens(video).reshape(-1, *video.shape[2:]))
-        return Seen(self, frames, self.find(frames), b, t)
+        if self.cfg.people == "largest":
+            return Seen(self, frames, self.find(frames), b, t)
+        crowd = self.find_all(frames)
+        return Seen(self, frames, (crowd.kps[:, 0], crowd.boxes[:, 0], crowd.there[:, 0]), b, t, crowd)
+
+    def score(self, seen: "Seen", clip: Mapping[str, Array]) -> Score:
+        """Score of what was seen against what was prepared of the real clips: "pool", and where all people count "people_pool" and
+        "people_boxes", see `people`.
+        """
+        if self.cfg.people == "largest":
+            return self.compare(seen, clip["pool"])
+        return self.compare_all(seen, clip["people_pool"], clip["people_boxes"])
 
     def compare(self, seen: "Seen", pool: Float[Array, "b g e"]) -> Score:
         """Score of what was seen against pools of real faces: embeddings of the real clips' frames, zeros where they have no
@@ -159,6 +217,14 @@ class FaceReward(nnx.Module):
         score = jnp.sum(per_frame, 1) / jnp.maximum(jnp.sum(mask, 1), 1)
         valid = jnp.any(mask, 1) & jnp.any(pool_mask, 1)
         return Score(score, per_frame, mask, seen.kps, seen.boxes, valid)
+
+    def compare_all(self, seen: "Seen", pool: Float[Array, "b p g e"], boxes: Float[Array, "b p g 4"]) -> Score:
+        """Score of what was seen against the people of real clips, see `people`. Videos have the real clips' frames."""
+        crowd, mask = seen.crowd, usable_people(pool, use_first_frame=self.cfg.use_first_frame)
+        people = score_people(seen.crowd_embeddings, crowd.boxes, crowd.there, pool, mask, boxes)
+        score, per_frame = mean_of_frames(people.similarity, people.counts)
+        valid = jnp.any(people.valid, 1) & jnp.any(seen.mask, 1)
+        return Score(score, per_frame, seen.mask, seen.kps, seen.boxes, valid, people)
 
     def __call__(self, video: Float[Array, "b t h w 3"], pool: Float[Array, "b g e"]) -> Score:
         """Score of decoded videos against pools of real faces, see `see` and `compare`."""
@@ -175,6 +241,7 @@ class Seen:
         frames: the frames of all videos in [-1, 1], spread over the mesh; black ones may fill them up.
         found: points, box and whether there is one, of the largest face of each; without gradient.
         count, length: videos, and frames of each.
+        several: the largest faces of each frame, where all people count.
     """
 
     faces: FaceReward
@@ -182,10 +249,15 @@ class Seen:
     found: tuple[Float[Array, "n 5 2"], Float[Array, "n 4"], Bool[Array, " n"]]
     count: int
     length: int
+    several: Crowd | None = None
 
     def at(self, frames: Float[Array, "n h w 3"]) -> "Seen":
         """The same faces in other frames, of which everything else is computed anew: those to differentiate by."""
-        return Seen(self.faces, frames, self.found, self.count, self.length)
+        return Seen(self.faces, frames, self.found, self.count, self.length, self.several)
+
+    def by(self, faces: FaceReward) -> "Seen":
+        """The same faces in the same frames, as other networks embed them."""
+        return dataclasses.replace(self, faces=faces)
 
     def each(self, network: Callable[[Float[Array, "n h w 3"]], Array]) -> Array:
         """What a network makes of every frame [b, t, ...], spread over the mesh as the frames are."""
@@ -219,6 +291,18 @@ class Seen:
         """Of the largest face, not normalised, zeros where there is none; differentiable in the pixels."""
         kps, _, there = self.found
         return self._of_videos(self.faces.embed(self.frames, kps, there))
+
+    @functools.cached_property
+    def crowd(self) -> Crowd:
+        """The largest faces of each frame, [b, t, k] each, where all people count; no gradient."""
+        assert self.several is not None
+        return jax.tree.map(self._of_videos, self.several)
+
+    @functools.cached_property
+    def crowd_embeddings(self) -> Float[Array, "b t k e"]:
+        """Of these, not normalised, zeros where there is none; differentiable in the pixels."""
+        assert self.several is not None
+        return self._of_videos(self.faces.embed_all(self.frames, self.several))
 
     @functools.cached_property
     def points(self) -> Float[Array, "b t 5 2"]:

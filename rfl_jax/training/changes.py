@@ -25,6 +25,7 @@ FIXED = (
     *("window.mode", "window.steps", "window.list", "window.stop_input_gradient", "window.direct"),
     *("sampling.shift", "sampling.guidance_scale", "sampling.negative_prompt"),
     *("reward.compat", "reward.channel_order", "reward.detector_size", "reward.use_first_frame", "reward.frames"),
+    "reward.people",
 )
 
 # Settings that may change from one start to the next; the change is told.

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from rfl_jax.config import Config
 from rfl_jax.networks.terms import prepared_for
-from rfl_jax.rewards.face import FaceReward, Score, Seen, real_agreement, reward_loss, usable_pool
+from rfl_jax.rewards.face import FaceReward, Score, Seen, real_score, reward_loss
 from rfl_jax.rewards.motion import copying, motion, moving_share, own_share
 from rfl_jax.rewards.term import Term
 from rfl_jax.sampling.sampler import Batch
@@ -43,12 +43,11 @@ def rewarded(cfg: Config, score: Score, batch: Batch) -> tuple[Float[Array, " b"
     Args:
         cfg: of the run.
         score: of the samples.
-        batch: "pool" of the real clips' faces, and their "motion" and "copying" [b] where those are asked for.
+        batch: what the score compares with, see `FaceReward.score`, and the real clips' "motion" and "copying" [b] where those are asked for.
     """
     judged, metrics = score.score, {}
     if cfg.face_term.ceiling:
-        pool = batch["pool"]
-        ceiling = real_agreement(pool, usable_pool(pool, use_first_frame=cfg.reward.use_first_frame))
+        ceiling = real_score(cfg.reward, batch)
         judged = jnp.minimum(judged, ceiling)
         metrics["ceiling_fraction"] = jnp.mean((score.valid & (score.score >= ceiling)).astype(jnp.float32))
     # Samples without a face say nothing: no reward and no gradient of it.
@@ -86,7 +85,7 @@ def reward_of(
         update: done before; tells which terms are due.
     """
     seen = faces.see(video)
-    score = faces.compare(seen, batch["pool"])
+    score = faces.score(seen, batch)
     loss, guards = rewarded(cfg, score, batch)
     if not cfg.reward.terms:
         return Reward(jnp.mean(loss), score, guards, {})
@@ -99,7 +98,7 @@ def reward_of(
             if name in terms:
                 value, tallies[name] = _of_term(terms[name], name, seen, batch)
             else:
-                value = jnp.mean(rewarded(cfg, faces.compare(seen, batch["pool"]), batch)[0])
+                value = jnp.mean(rewarded(cfg, faces.score(seen, batch), batch)[0])
             # What is only watched has no gradient.
             total = total + weight * (value if weight else jax.lax.stop_gradient(value))
         return total, tallies

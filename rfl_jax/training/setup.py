@@ -83,6 +83,7 @@ class Run:
             noises=different_noises(self.cfg),
             real=self.cfg.real_arrays,
             terms=term_keys(self.cfg),
+            people=self.cfg.people_arrays,
         )
 
 
