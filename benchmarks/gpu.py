@@ -94,9 +94,18 @@ def _cells(about: dict[str, Record], part: str, case: str, sides: dict[str, Reco
     yield _memory(ours)
     yield f"{ours['error']:.1e}" if "error" in ours else ""
     yield spread(torch["seconds"]) if "torch" in seconds else about["torch"].get("failed", "")
-    yield f"{_with_all_layers(part, torch) / _with_all_layers(part, ours):.2f}" if len(seconds) == 2 else ""
+    yield _ratio(part, ours, torch) if len(seconds) == 2 else ""
     yield _memory(torch)
     yield "; ".join([*_notes("", part, ours), *_notes("PyTorch: ", part, torch)])
+
+
+def _ratio(part: str, ours: Record, torch: Record) -> str:
+    """PyTorch's time over ours with as many layers on both sides: as measured, else all, if that is known of both."""
+    if ours.get("layers") == torch.get("layers"):
+        return f"{statistics.median(torch['seconds']) / statistics.median(ours['seconds']):.2f}"
+    if any("layers" in record and "rest_s" not in record for record in (ours, torch)):
+        return ""
+    return f"{_with_all_layers(part, torch) / _with_all_layers(part, ours):.2f}"
 
 
 def _with_all_layers(part: str, record: Record) -> float:
@@ -116,7 +125,8 @@ def _notes(who: str, part: str, record: Record) -> Iterator[str]:
         yield f"{who}out of memory with {', '.join(map(str, record['exhausted']))} layers"
     if "layers" in record and "seconds" in record:
         seconds = _with_all_layers(part, record)
-        yield f"{who}{record['layers']} layers, by which {PARTS[part].layers[0]} take {seconds:.3g} s"
+        most = "" if "rest_s" in record else "at most "
+        yield f"{who}{record['layers']} layers, by which {PARTS[part].layers[0]} take {most}{seconds:.3g} s"
     if "phases" in record:
         yield ", ".join(f"{name} {seconds:.2g} s" for name, seconds in record["phases"].items())
     if "failed" in record:

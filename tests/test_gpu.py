@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_ours
-from benchmarks.gpu import BOUND, affordable, ask, estimate, out_of_memory
+from benchmarks.gpu import BOUND, Results, affordable, ask, estimate, out_of_memory
 from benchmarks.gpu_ours import filled, of_weights
 from benchmarks.gpu_parts import PARTS, Job, records
 
@@ -101,6 +101,26 @@ def test_time_decides_how_many_layers_are_tried_and_memory_leads_to_fewer():
         assert out_of_memory({"failed": text})
     assert not out_of_memory({"failed": "ValueError: expected"})
     assert not out_of_memory({"seconds": [1.0]})
+
+
+def test_fewer_layers_are_compared_as_measured_and_scaled_only_by_what_is_known(tmp_path):
+    whole = PARTS["step_a14b"].layers[0]
+    results = Results(tmp_path, {side: {"device": "a GPU", "versions": "some"} for side in ("ours", "torch")})
+
+    def cells(ours, torch):
+        results.rows.clear()
+        for side, (layers, seconds, *rest) in {"ours": ours, "torch": torch}.items():
+            record = {"case": "", "first_s": 9.0, "seconds": [seconds], **({"rest_s": rest[0]} if rest else {})}
+            results.add("step_a14b", side, {**record, **({"layers": layers} if layers < whole else {})})
+        row = results.page().splitlines()[-1].split(" | ")
+        return row[9], row[-1]
+
+    ratio, notes = cells((10, 10.0, 2.0), (10, 15.0))
+    assert ratio == "1.50"
+    assert notes == "10 layers, by which 40 take 34 s; PyTorch: 10 layers, by which 40 take at most 60 s |"
+    assert cells((20, 18.0, 2.0), (10, 15.0))[0] == ""
+    assert cells((20, 18.0, 2.0), (10, 16.0, 4.0))[0] == "1.53"  # 52 of 34
+    assert cells((40, 34.0), (40, 51.0))[0] == "1.50"
 
 
 def test_weights_are_random_and_of_their_own_types(monkeypatch):
