@@ -18,6 +18,7 @@ from benchmarks.sides import Inputs, Outcome, Side, in_one
 from configs.mini import miniature
 from convert.export import adapter_file
 from rfl_jax.config import Config, parse, plain
+from rfl_jax.memory import keep_freed_memory
 from rfl_jax.miniature.data import draw_clips
 from rfl_jax.models.weights import flat_arrays
 from rfl_jax.networks.parts import Frozen, States
@@ -27,6 +28,8 @@ from rfl_jax.sampling.rollout import rollout
 from rfl_jax.sampling.sampler import bind_experts, latent_shape, make_sampler, split_prefix, start_noise
 from rfl_jax.training.inputs import prepare_inputs
 from rfl_jax.training.setup import Run, set_up
+
+keep_freed_memory()  # as every command does
 
 
 def configuration(folder: Path, batch: int, frames: int, size: int, seed: int) -> Config:

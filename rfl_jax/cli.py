@@ -18,6 +18,7 @@ from rfl_jax.chips import answer_libtpu
 from rfl_jax.config import Config, check_keys, config_file, default_text, grouped, parse
 from rfl_jax.errors import UserError, did_you_mean, failure, first_line, is_full, refuse_in_one_line
 from rfl_jax.files import aside
+from rfl_jax.memory import keep_freed_memory
 from rfl_jax.programs import keep_compiled_programs
 from rfl_jax.supervisor import supervise
 from rfl_jax.terminal import BOLD, styled
@@ -200,6 +201,7 @@ def run(main: Callable[[], None], command: str) -> None:
 
     answer_libtpu()
     keep_compiled_programs()
+    keep_freed_memory()
     # What Orbax warns of is for its developers; what a user must know is raised.
     logging.set_verbosity(logging.FATAL)
     with refuse_in_one_line(command):
