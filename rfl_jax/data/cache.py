@@ -15,7 +15,7 @@ from rfl_jax.data.metadata import Clip
 from rfl_jax.errors import refuse_damage
 from rfl_jax.files import write_whole
 from rfl_jax.networks.terms import term_arrays
-from rfl_jax.rewards.people import VERSION
+from rfl_jax.rewards import motion, people
 
 ClipArrays = dict[str, np.ndarray]
 
@@ -44,7 +44,7 @@ class PreparedClip:
 
     def real_file(self, names: Sequence[str]) -> epath.Path:
         """The npz of these arrays. It is beside the clip's own, which stays what it is whatever guards ask for."""
-        return self.file.parent / f"{self.file.stem}.{'_'.join(names)}.npz"
+        return self.file.parent / f"{self.file.stem}.{'_'.join(names)}.{motion.VERSION}.npz"
 
     def load_terms(self, terms: Mapping[str, str]) -> ClipArrays:
         """What was prepared for terms of the reward, as batches name it; raises as `read_arrays` does.
@@ -69,7 +69,7 @@ class PreparedClip:
     @property
     def people_file(self) -> epath.Path:
         """The npz of its people, beside the clip's own."""
-        return self.file.parent / f"{self.file.stem}.people{VERSION}.npz"
+        return self.file.parent / f"{self.file.stem}.people{people.VERSION}.npz"
 
     def load_prefix(self, index: int) -> np.ndarray:
         """Latents [t, h, w, c] of one noise."""

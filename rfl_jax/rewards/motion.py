@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+VERSION = 2  # of what is measured; another number makes what was prepared of real clips unused
+
 # Of jax while training, of numpy in evaluation: each array knows the functions of its own kind.
 Either = Array | np.ndarray
 Points = Float[Either, "b t 5 2"]
@@ -20,6 +22,10 @@ Found = Bool[Either, "b t"]
 # face's size for where it is and how it is turned in the picture, a twentieth for its points among each other.
 POSE_SCALE, EXPRESSION_SCALE = 0.2, 0.05
 
+# Sizes of the face (root mean square distance of its points from their centre; about half of its width) beyond which no head
+# moves from one frame to the next: the largest face is somebody else's then.
+JUMP = 2.0
+
 
 def _functions(array: Any) -> Any:
     """Those of the array's kind."""
@@ -27,18 +33,19 @@ def _functions(array: Any) -> Any:
 
 
 def motion(kps: Points, mask: Found) -> Float[Either, " b"]:
-    """Mean absolute displacement of the five points between neighbouring frames that both have a face, in pixels; 0 where
-    no two have one.
-    """
+    """Mean absolute displacement of the five points between neighbouring frames that show one face, in pixels; 0 where no two do."""
     return mean_where(*moves(kps, mask))
 
 
 def moves(kps: Points, mask: Found) -> tuple[Float[Either, "b t2"], Bool[Either, "b t2"]]:
     """Mean absolute displacement of the five points from each frame but the first to the one before it, in pixels, and whether
-    both have a face.
+    both have a face, not further apart than `JUMP`.
     """
     xp = _functions(kps)
-    return xp.mean(xp.abs(kps[:, 1:] - kps[:, :-1]), axis=(2, 3)), mask[:, 1:] & mask[:, :-1]
+    centres = xp.mean(kps, axis=2)
+    square = xp.mean(xp.sum((kps - centres[:, :, None]) ** 2, axis=3), axis=2)
+    far = xp.sum((centres[:, 1:] - centres[:, :-1]) ** 2, axis=2) > JUMP**2 * xp.maximum(square[:, 1:], square[:, :-1])
+    return xp.mean(xp.abs(kps[:, 1:] - kps[:, :-1]), axis=(2, 3)), mask[:, 1:] & mask[:, :-1] & ~far
 
 
 def copying(kps: Points, mask: Found) -> Float[Either, " b"]:

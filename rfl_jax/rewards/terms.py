@@ -48,6 +48,7 @@ class Motion(Term):
 
     title = "motion like the real clip's"
     mean, std = 0.8, 0.2
+    version = 2
 
     def prepare(self, seen: Seen) -> dict[str, Array]:
         return {"motion": jnp.asarray(motion(seen.kps, seen.mask)), "known": jnp.any(moves(seen.kps, seen.mask)[1], 1)}

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rfl_jax.evaluation import measures
 from rfl_jax.rewards.motion import copying, motion, moving_share, own_share
@@ -10,8 +11,13 @@ from tests.rewards.test_face import random_kps
 
 
 def plain_motion(kps, mask):
-    both = mask[1:] & mask[:-1]
-    return np.abs(np.diff(kps, axis=0))[both].mean() if both.any() else 0.0
+    steps = []
+    for i in range(1, len(kps)):
+        centres = kps[i - 1 : i + 1].mean(1)
+        sizes = [np.sqrt(np.mean(np.abs((kps[j] - kps[j].mean(0)) @ np.array([1, 1j])) ** 2)) for j in (i - 1, i)]
+        if mask[i] and mask[i - 1] and np.hypot(*(centres[1] - centres[0])) <= 2 * max(sizes):
+            steps.append(np.abs(kps[i] - kps[i - 1]).mean())
+    return np.mean(steps) if steps else 0.0
 
 
 def plain_copying(kps, mask):
@@ -33,9 +39,10 @@ def plain_copying(kps, mask):
 
 def test_training_and_evaluation_measure_what_a_plain_loop_does():
     rng = np.random.default_rng(0)
-    kps = np.stack([random_kps(rng, 1) + rng.normal(0, spread, (6, 5, 2)) for spread in (0.2, 1, 3, 3, 3, 3)])
+    kps = np.stack([random_kps(rng, 1) + rng.normal(0, spread, (6, 5, 2)) for spread in (0.2, 1, 3, 3, 3, 3, 0.5)])
     kps[1] = kps[1, :1]  # stands still
-    mask = np.ones((6, 6), bool)
+    kps[6, 2:4] += 200  # somebody else
+    mask = np.ones((7, 6), bool)
     mask[2, 3] = mask[3, 0] = mask[4, 1:] = False
     mask[5] = False
     kps = np.where(mask[..., None, None], kps, 0)
@@ -45,6 +52,16 @@ def test_training_and_evaluation_measure_what_a_plain_loop_does():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
         found = [evaluated(*row) for row in zip(kps, mask, strict=True)]
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_two_faces_far_apart_are_no_motion():
+    rng = np.random.default_rng(1)
+    face = random_kps(rng, 1)[0]
+    size = np.sqrt(np.mean(np.sum((face - face.mean(0)) ** 2, 1)))
+    for step, counts in ((1.99, True), (2.01, False)):
+        moved = np.stack([face, face + 0.1, face + np.array([step * size + 0.1, 0.1])])[None]
+        mean = (0.1 + step * size / 2) / 2 if counts else 0.1
+        assert motion(moved, np.ones((1, 3), bool))[0] == pytest.approx(mean, rel=1e-4)
 
 
 def test_a_video_keeps_its_reward_where_it_moves_as_the_real_clip_does():
