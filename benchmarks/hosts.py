@@ -32,7 +32,7 @@ SLOWEST_S = 3600
 PORT = 8476
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 SETTINGS = (
-    "--config=configs/mini.py", "--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.train_batch_size=2",
+    "--config=configs/mini.py", "--config.data.num_frames=5", "--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.train_batch_size=2",
     "--config.per_device_train_batch_size=1", "--config.eval.file_name=", "--config.num_inference_steps=4",
     "--config.mid_timestep=2", "--config.final_timestep=3", "--config.sample_every=0", "--config.save_steps=1",
     f"--config.max_steps={STEPS}", "--distributed",
@@ -131,7 +131,7 @@ class Pair:
         self.folder, self.net = folder, net
         self._clips = folder / "clips"
         if not self._clips.exists():
-            draw_clips(self._clips, 4, seed=5)
+            draw_clips(self._clips, 4, seed=5, frames=5)
 
     def start(self, workdir: Path, wrong_clock: dict[str, str] | None = None) -> list[Host]:
         """The same command on both; `wrong_clock` is added to the second's environment."""

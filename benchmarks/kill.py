@@ -30,7 +30,7 @@ from rfl_jax.miniature.data import draw_clips
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY, EVAL_EVERY = 6, 3, 2
 SETTINGS = (
-    "--config=configs/mini.py", "--config.train_batch_size=1", "--config.per_device_train_batch_size=1",
+    "--config=configs/mini.py", "--config.data.num_frames=5", "--config.train_batch_size=1", "--config.per_device_train_batch_size=1",
     "--config.num_inference_steps=4", "--config.mid_timestep=2", "--config.final_timestep=3", f"--config.max_steps={STEPS}",
     f"--config.save_steps={SAVE_EVERY}", f"--config.eval_every={EVAL_EVERY}", "--config.sample_every=3", "--config.warmup_steps=0",
 )  # fmt: skip
@@ -119,7 +119,7 @@ class Campaign:
         for name, (count, seed) in CLIPS.items():
             if not (self._clips / name / "metadata.csv").exists():
                 shutil.rmtree(self._clips / name, ignore_errors=True)
-                draw_clips(self._clips / name, count, seed)
+                draw_clips(self._clips / name, count, seed, frames=5)
         self._environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "jax")),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -35,9 +35,9 @@ _BY_CONTENT = {
         f"buffalo_s' and buffalo_sc's detector: {_INSIGHTFACE}"
     ),
     "a7933ea5330113b01c9b60351d8f4c33003f145d8470ac5f0e52ee2effe25c60": f"AuraFace-v1's embedder: {_FAL}",
-    "f68f41659af6e051be6d6fd835a6ac110543621d0e4b4092b58c51738993e3d3": f"the miniature's detector: {_OURS}",
-    "75e9009fec2dce2e29bf35e7a6da9c871070809f9c310b5c3b325b55341cedb5": f"the miniature's embedder: {_OURS}",
-    "c1bc3104cf0d6cf749e3a45b63d31f2cdad0364907c153303ba2fe9832e6ebac": f"the miniature's judging embedder: {_OURS}",
+    "d0d8e3e44c33fc5e9881d19dfcad0f00da6410f4e8dbf5f561176320b5ee2bbb": f"the miniature's detector: {_OURS}",
+    "d5ef568d315707063f3e6c9e4d4599da7bec63df2928e97872d927548f8fd74c": f"the miniature's embedder: {_OURS}",
+    "31f53727a0ede48fcef5c10d840d3a457098744a08731f6c1a953d9a31f6b1b7": f"the miniature's judging embedder: {_OURS}",
 }
 # Names that insightface alone gives.
 _BY_NAME = re.compile(r"(w600k_(r50|mbf)|det_(500m|2\.5g|10g)|scrfd_(500m|2\.5g|10g|34g)_(bn|gn)?kps.*)\.onnx")

@@ -11,16 +11,26 @@ from ml_collections import ConfigDict
 
 from rfl_jax.config import default_config, parse
 from rfl_jax.miniature.data import draw_clips
-from rfl_jax.miniature.world import FRAMES, SIZE, asset_paths, judge_path
+from rfl_jax.miniature.faces import render, sample_identity, sample_scene
+from rfl_jax.miniature.world import SIZE, asset_paths, judge_path
 from rfl_jax.runs import RunFolder
 from rfl_jax.training.loop import train
 from rfl_jax.training.setup import set_up
+
+FRAMES = 5  # fewer than the miniature has
+
+
+def drawn(seed, count, frames):
+    """Clips [count, frames, SIZE, SIZE, 3] of one person each, who looks left and right or nods, smiles, and never hides."""
+    k1, k2 = jax.random.split(jax.random.key(seed))
+    scene = sample_scene(k2, sample_identity(k1, count), frames, prompts=[(0, 0, 0), (2, 1, 0)])
+    return render(scene, SIZE)
 
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips") / "drawn"
-    draw_clips(folder, 8, seed=5)
+    draw_clips(folder, 8, seed=5, frames=FRAMES)
     return folder
 
 

@@ -229,7 +229,7 @@ def test_a_holder_on_another_host_keeps_a_bucket_while_it_lives(bucket):
 
 
 def test_convert_train_stop_and_resume_in_a_bucket(bucket, way, tmp_path):
-    draw_clips(tmp_path / "clips", 4, seed=5)
+    draw_clips(tmp_path / "clips", 4, seed=5, frames=5)
     # A checkpoint that itself lies in the bucket is converted by a command; the others by the same in one process.
     original = f"gs://{BUCKET}/original/{VAE_FILE}"
     weights = [f"gs://{BUCKET}/weights/{name}" for name in ("high", "low", "umt5", "vae")]
@@ -245,7 +245,7 @@ def test_convert_train_stop_and_resume_in_a_bucket(bucket, way, tmp_path):
     held_out = [f"--config.eval.file_name={tmp_path / 'clips' / 'metadata.csv'}", "--config.eval.num_samples=2"]
 
     command = [
-        "rfl_jax.train", "--config=configs/mini.py", f"--workdir=gs://{BUCKET}/mini",
+        "rfl_jax.train", "--config=configs/mini.py", "--config.data.num_frames=5", f"--workdir=gs://{BUCKET}/mini",
         f"--config.model_paths={json.dumps(weights)}", f"--config.file_name={tmp_path / 'clips' / 'metadata.csv'}",
         "--config.train_batch_size=2", "--config.per_device_train_batch_size=2",
         "--config.num_inference_steps=4", "--config.mid_timestep=2", "--config.final_timestep=3", "--config.sample_every=1",

@@ -119,7 +119,7 @@ def test_every_command_goes_on_when_there_is_room(small_disk, clip_folder):
     environment = os.environ | {"XLA_FLAGS": COMPILER}
     run, lora, merged = (small_disk / name for name in ("run", "lora.safetensors", "merged.safetensors"))
     options = [
-        "--config=configs/mini.py", f"--config.file_name={clip_folder / 'metadata.csv'}", f"--workdir={run}",
+        "--config=configs/mini.py", "--config.data.num_frames=5", f"--config.file_name={clip_folder / 'metadata.csv'}", f"--workdir={run}",
         "--config.train_batch_size=1", "--config.per_device_train_batch_size=1", "--config.eval_every=0",
         "--config.eval.file_name=", "--config.sample_every=0", "--config.save_steps=1", "--config.noise.prefix_cache=off",
         "--config.num_inference_steps=2", "--config.mid_timestep=1", "--config.final_timestep=1",

@@ -6,11 +6,12 @@ adds pose, expression and light; a clip moves them smoothly.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rfl_jax.models.layers import expand_to
 
@@ -23,8 +24,10 @@ IDENTITY = (
     "mouth_width", "lip_thickness", "lip_hue", "mouth_height", "beard", "glasses", "glasses_hue", "blush", "ears",
 )  # fmt: skip
 
+FPS = 12  # frames a second
+
 # What moves from frame to frame, in units the drawing uses.
-POSE = ("x", "y", "scale", "yaw", "pitch", "roll", "smile", "mouth_open", "blink", "brow_raise", "light")
+POSE = ("x", "y", "scale", "yaw", "pitch", "roll", "smile", "mouth_open", "blink", "brow_raise", "light", "cover")
 
 BACKGROUNDS = ("grey", "blue", "green", "red", "yellow", "purple")
 _BACKGROUND_RGB = (
@@ -35,28 +38,37 @@ _BACKGROUND_RGB = (
     (0.78, 0.7, 0.42),
     (0.55, 0.42, 0.68),
 )
-MOTIONS = ("looks left and right", "nods", "tilts the head", "moves across the picture", "comes closer")
-EXPRESSIONS = ("smiles", "speaks", "blinks", "raises the eyebrows")
+MOTIONS = (
+    "looks left and right", "nods", "tilts the head", "moves across the picture", "comes closer", "turns to the side",
+)  # fmt: skip
+EXPRESSIONS = ("smiles", "speaks", "blinks", "raises the eyebrows", "hides behind a hand")
+
+# Prompts of held-out clips, as indices of background, motion and expression; no other clip has one of them.
+_PROMPTS = tuple(itertools.product(*(range(len(choices)) for choices in (BACKGROUNDS, MOTIONS, EXPRESSIONS))))
+HELD_OUT_PROMPTS = tuple(words for words in _PROMPTS if sum(words) % 4 == 3)
+TRAINING_PROMPTS = tuple(words for words in _PROMPTS if sum(words) % 4 != 3)
 
 
 @dataclasses.dataclass
 class Scene:
-    """All that is needed to draw clips of b people.
+    """All that is needed to draw b clips of t frames with up to q people, the first of whom is in front.
 
     Attributes:
-        identity: factors in the order of `IDENTITY`.
-        pose: frames of the factors of `POSE`.
+        identity: factors in the order of `IDENTITY`; those of a person who stays the same do not depend on the frame.
+        pose: factors of `POSE`.
+        present: whether a person is in the clip.
         background: two RGB colours, top and bottom.
         words: index of background, motion and expression, for the prompt.
     """
 
-    identity: Float[Array, "b i"]
-    pose: Float[Array, "b t p"]
+    identity: Float[Array, "b q t i"]
+    pose: Float[Array, "b q t p"]
+    present: Bool[Array, "b q"]
     background: Float[Array, "b 2 3"]
     words: Int[Array, "b 3"]
 
 
-jax.tree_util.register_dataclass(Scene, ["identity", "pose", "background", "words"], [])
+jax.tree_util.register_dataclass(Scene, ["identity", "pose", "present", "background", "words"], [])
 
 
 def prompt(words: Sequence[int]) -> str:
@@ -70,53 +82,115 @@ def sample_identity(key: Array, count: int) -> Float[Array, "b i"]:
     return jax.random.uniform(key, (count, len(IDENTITY)))
 
 
-def sample_scene(key: Array, identity: Float[Array, "b i"], frames: int) -> Scene:
-    """Random clips of given people: one main motion and one expression each, everything else drifting slightly."""
+def wander(key: Array, scene: Scene, strength: tuple[float, float]) -> Scene:
+    """The scene with people who turn, evenly over the clip, into somebody nearer to the average person.
+
+    Args:
+        key: random.
+        scene: with people who stay the same.
+        strength: least and most of the way that they have gone by the last frame, a random part for each clip.
+    """
+    k1, k2 = jax.random.split(key)
+    b, q, t, i = scene.identity.shape
+    towards = jnp.clip(0.5 + 0.2 * jax.random.normal(k1, (b, q, 1, i)), 0, 1)
+    gone = jax.random.uniform(k2, (b, 1, 1, 1), minval=strength[0], maxval=strength[1])
+    time = (jnp.arange(t) / max(t - 1, 1))[None, None, :, None]
+    return dataclasses.replace(scene, identity=scene.identity + gone * time * (towards - scene.identity))
+
+
+def sample_scene(
+    key: Array, identity: Float[Array, "b i"], frames: int, *,
+    prompts: Sequence[tuple[int, ...]] = TRAINING_PROMPTS, company: float = 0.0,
+) -> Scene:  # fmt: skip
+    """Random clips of given people: one main motion and one expression each, everything else drifting slightly.
+
+    Args:
+        key: random.
+        identity: one person a clip.
+        frames: of each clip.
+        prompts: what may happen in a clip.
+        company: share of the clips in which a second, random person stands beside and a little behind the first.
+    """
+    k_words, k_first, k_second, k_who, k_company, k_side, k_shade = jax.random.split(key, 7)
     b = identity.shape[0]
-    keys = jax.random.split(key, 8)
-    words = jnp.stack(
-        [jax.random.randint(keys[i], (b,), 0, n) for i, n in enumerate(map(len, (BACKGROUNDS, MOTIONS, EXPRESSIONS)))],
-        -1,
+    table = jnp.array(prompts)
+    words = table[jax.random.randint(k_words, (b,), 0, len(prompts))]
+    people, poses, present = [identity], [_poses(k_first, words, frames)], [jnp.ones(b, bool)]
+    if company:
+        together = jax.random.bernoulli(k_company, company, (b,))
+        side = jnp.where(jax.random.bernoulli(k_side, 0.5, (b,)), 1.0, -1.0)[:, None]
+        still = words.at[:, 1:].set(jnp.array([MOTIONS.index("nods"), EXPRESSIONS.index("blinks")])[None])
+        people.append(sample_identity(k_who, b))
+        poses.append(_aside(_poses(k_second, still, frames), side, 0.62))
+        poses[0] = jnp.where(together[:, None, None], _aside(poses[0], -side, 0.75), poses[0])
+        present.append(together)
+    colour = jnp.array(_BACKGROUND_RGB)[words[:, 0]]
+    shade = jax.random.uniform(k_shade, (b, 2, 1), minval=0.65, maxval=1.15)
+    factors = jnp.stack(people, 1)[:, :, None]
+    return Scene(
+        jnp.broadcast_to(factors, (*factors.shape[:2], frames, factors.shape[-1])),
+        jnp.stack(poses, 1),
+        jnp.stack(present, 1),
+        jnp.clip(colour[:, None] * shade, 0, 1),
+        words,
     )
-    base = jnp.array([0.0, 0.02, 1.2, 0.0, 0.0, 0.0, 0.2, 0.05, 0.0, 0.0, 0.0])
-    spread = jnp.array([0.1, 0.07, 0.1, 0.25, 0.15, 0.08, 0.2, 0.05, 0.0, 0.1, 0.6])
-    drift = jnp.array([0.03, 0.03, 0.03, 0.08, 0.06, 0.03, 0.1, 0.03, 0.0, 0.05, 0.1])
-    start = base[None] + spread[None] * jax.random.uniform(keys[3], (b, len(POSE)), minval=-1.0)
+
+
+def _aside(pose: Float[Array, "b t p"], side: Float[Array, "b 1"], scale: float) -> Float[Array, "b t p"]:
+    """The same movement, smaller and on one side of the picture."""
+    x, size = POSE.index("x"), POSE.index("scale")
+    pose = pose.at[..., x].set(0.4 * side + 0.4 * pose[..., x])
+    return pose.at[..., size].multiply(scale / 1.2)
+
+
+def _poses(key: Array, words: Int[Array, "b 3"], frames: int) -> Float[Array, "b t p"]:
+    """What the prompt's motion and expression do to the factors of `POSE`, from random beginnings."""
+    b = words.shape[0]
+    keys = jax.random.split(key, 4)
+    base = jnp.array([0.0, 0.02, 1.2, 0.0, 0.0, 0.0, 0.2, 0.05, 0.0, 0.0, 0.0, 0.0])
+    spread = jnp.array([0.1, 0.07, 0.1, 0.25, 0.15, 0.08, 0.2, 0.05, 0.0, 0.1, 0.6, 0.0])
+    drift = jnp.array([0.03, 0.03, 0.03, 0.08, 0.06, 0.03, 0.1, 0.03, 0.0, 0.05, 0.1, 0.0])
+    start = base[None] + spread[None] * jax.random.uniform(keys[0], (b, len(POSE)), minval=-1.0)
     # A main motion and an expression, as amplitudes on the factors they move.
     motion = jnp.zeros((len(MOTIONS), len(POSE)))
-    for row, (factor, size) in enumerate((("yaw", 0.5), ("pitch", 0.4), ("roll", 0.22), ("x", 0.22), ("scale", 0.16))):
+    moved = (("yaw", 0.5), ("pitch", 0.4), ("roll", 0.22), ("x", 0.22), ("scale", 0.16), ("yaw", 1.0))
+    for row, (factor, size) in enumerate(moved):
         motion = motion.at[row, POSE.index(factor)].set(size)
     expression = jnp.zeros((len(EXPRESSIONS), len(POSE)))
-    for row, (factor, size) in enumerate((("smile", 0.8), ("mouth_open", 0.9), ("blink", 1.0), ("brow_raise", 1.0))):
+    changed = (("smile", 0.8), ("mouth_open", 0.9), ("blink", 1.0), ("brow_raise", 1.0), ("cover", 1.3))
+    for row, (factor, size) in enumerate(changed):
         expression = expression.at[row, POSE.index(factor)].set(size)
-    amplitude = motion[words[:, 1]] * jax.random.uniform(keys[4], (b, 1), minval=0.6)
+    amplitude = motion[words[:, 1]] * jax.random.uniform(keys[1], (b, 1), minval=0.6)
     amplitude += expression[words[:, 2]] + drift[None]
-    time = jnp.arange(frames)[None, :, None] / 6
-    rate = jax.random.uniform(keys[5], (b, 1, len(POSE)), minval=0.5, maxval=1.0)
-    phase = jax.random.uniform(keys[6], (b, 1, len(POSE)), maxval=2 * jnp.pi)
+    time = jnp.arange(frames)[None, :, None] / FPS
+    rate = jax.random.uniform(keys[2], (b, 1, len(POSE)), minval=0.5, maxval=1.0)
+    phase = jax.random.uniform(keys[3], (b, 1, len(POSE)), maxval=2 * jnp.pi)
+    # A hand comes up after the first frame, which shows whom the video is about.
+    phase = phase.at[..., POSE.index("cover")].set(-0.5)
     wave = jnp.sin(2 * jnp.pi * rate * time + phase)
     pose = start[:, None] + amplitude[:, None] * wave
-    low = jnp.array([-0.3, -0.22, 0.95, -0.8, -0.6, -0.4, -0.3, 0.0, 0.0, -0.6, -1.0])
-    high = jnp.array([0.3, 0.22, 1.45, 0.8, 0.6, 0.4, 1.0, 1.0, 1.0, 1.0, 1.0])
-    colour = jnp.array(_BACKGROUND_RGB)[words[:, 0]]
-    shade = jax.random.uniform(keys[7], (b, 2, 1), minval=0.65, maxval=1.15)
-    return Scene(
-        identity, jnp.clip(pose, low[None, None], high[None, None]), jnp.clip(colour[:, None] * shade, 0, 1), words
-    )
+    low = jnp.array([-0.3, -0.22, 0.95, -1.0, -0.6, -0.4, -0.3, 0.0, 0.0, -0.6, -1.0, 0.0])
+    high = jnp.array([0.3, 0.22, 1.45, 1.0, 0.6, 0.4, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    return jnp.clip(pose, low[None, None], high[None, None])
 
 
 def render(scene: Scene, size: int) -> Float[Array, "b t h w 3"]:
     """Frames in [-1, 1]."""
-    draw = jax.vmap(jax.vmap(lambda i, p, c: _draw(i, p, c, size), (None, 0, None)), (0, 0, 0))
-    return draw(scene.identity, scene.pose, scene.background) * 2 - 1
+    draw = jax.vmap(jax.vmap(lambda i, p, n, c: _draw(i, p, n, c, size), (1, 1, None, None)), (0, 0, 0, 0))
+    return draw(scene.identity, scene.pose, scene.present, scene.background) * 2 - 1
 
 
-def landmarks(scene: Scene, size: int) -> tuple[Float[Array, "b t 5 2"], Float[Array, "b t 4"]]:
-    """Pixel coordinates of eyes, nose tip and mouth corners, and the face's box x1, y1, x2, y2."""
-    points = jax.vmap(jax.vmap(_landmarks, (None, 0)), (0, 0))
+def landmarks(scene: Scene, size: int) -> tuple[Float[Array, "b q t 5 2"], Float[Array, "b q t 4"]]:
+    """Pixel coordinates of eyes, nose tip and mouth corners, and the face's box x1, y1, x2, y2, of every person."""
+    points = jax.vmap(jax.vmap(jax.vmap(_landmarks)))
     kps, box = points(scene.identity, scene.pose)
     scale = size / 2
     return (kps + 1) * scale - 0.5, (box + 1) * scale - 0.5
+
+
+def visible(scene: Scene) -> Bool[Array, "b q t"]:
+    """Whether a person's face is there to be found: not behind a hand."""
+    return scene.present[:, :, None] & (scene.pose[..., POSE.index("cover")] < 0.5)
 
 
 def _hue(h: Float[Array, ""], s: Float[Array, ""] | float, v: Float[Array, ""] | float) -> Float[Array, "3"]:
@@ -200,23 +274,35 @@ def _paint(image: Image, colour: Float[Array, "#h #w 3"] | Colour, amount: Float
     return image + (expand_to(colour, image) - image) * amount[..., None]
 
 
-def _draw(identity: Float[Array, " i"], pose: Float[Array, " p"], background: Float[Array, "2 3"], size: int) -> Image:
+def _draw(
+    identity: Float[Array, "q i"], pose: Float[Array, "q p"], present: Bool[Array, " q"], background: Float[Array, "2 3"],
+    size: int,
+) -> Image:  # fmt: skip
     """One frame, RGB in [0, 1], painted from the back to the front."""
-    i, p, g = _geometry(identity, pose)
     axis = (jnp.arange(size) + 0.5) * 2 / size - 1
+    top, bottom = background[0][None, None], background[1][None, None]
+    image = top + (bottom - top) * (axis[:, None, None] + 1) / 2 + jnp.zeros((size, size, 1))
+    for i, p, there in reversed(list(zip(identity, pose, present, strict=True))):
+        image = jnp.where(there, _draw_person(image, i, p, axis), image)
+    return jnp.clip(image, 0, 1)
+
+
+def _draw_person(
+    image: Image, identity: Float[Array, " i"], pose: Float[Array, " p"], axis: Float[Array, " w"]
+) -> Image:
+    """A person over what is there already."""
+    i, p, g = _geometry(identity, pose)
     x, y = axis[None, :], axis[:, None]
     c, s = jnp.cos(p["roll"]), jnp.sin(p["roll"])
     u = (c * (x - p["x"]) + s * (y - p["y"])) / p["scale"]
     v = (-s * (x - p["x"]) + c * (y - p["y"])) / p["scale"]
-    canvas = _Canvas(u, v, 2.0 / size / p["scale"])
+    canvas = _Canvas(u, v, 2.0 / axis.shape[0] / p["scale"])
     skin = _hue(
         0.045 + 0.035 * i["skin_hue"], 0.5 - 0.22 * i["skin_tone"] + 0.1 * i["skin_hue"], 0.42 + 0.55 * i["skin_tone"]
     )
     hair = _hue(
         0.02 + 0.11 * i["hair_hue"], 0.75 - 0.45 * i["hair_tone"] * i["hair_hue"], 0.08 + 0.8 * i["hair_tone"] ** 1.5
     )
-    top, bottom = background[0][None, None], background[1][None, None]
-    image = top + (bottom - top) * (y[..., None] + 1) / 2 + jnp.zeros((size, size, 1))
     image = _shoulders(image, canvas, i, p, g, skin)
     image = _hair_behind(image, canvas, i, p, g, hair)
     image = _head(image, canvas, i, p, g, skin, hair)
@@ -225,7 +311,7 @@ def _draw(identity: Float[Array, " i"], pose: Float[Array, " p"], background: Fl
     image = _mouth(image, canvas, i, p, g)
     image = _hair_in_front(image, canvas, i, p, g, hair)
     image = _glasses(image, canvas, i, p, g)
-    return jnp.clip(image, 0, 1)
+    return _hand(image, canvas, p, skin)
 
 
 def _shoulders(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors, skin: Colour) -> Image:
@@ -270,7 +356,7 @@ def _eyes(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors, hai
     """Eyes and brows."""
     iris = _hue(0.05 + 0.6 * i["iris_hue"], 0.65, 0.25 + 0.5 * i["iris_tone"])
     size = 0.062 + 0.042 * i["eye_size"]
-    opening = jnp.clip(1 - p["blink"], 0.12, 1)
+    opening = jnp.clip(1 - p["blink"], 0.3, 1)
     for side, name in ((-1.0, "left_eye"), (1.0, "right_eye")):
         ex, ey = g[name]
         white = canvas.inside(canvas.ellipse(ex, ey, size * 1.35, size * 0.85 * opening))
@@ -329,3 +415,16 @@ def _glasses(image: Image, canvas: _Canvas, i: Factors, p: Factors, g: Factors) 
         image = _paint(image, colour, worn * canvas.inside(ring))
     bridge = jnp.maximum(jnp.abs(canvas.v - g["left_eye"][1]) - 0.014, jnp.abs(canvas.u - 0.22 * p["yaw"]) - 0.05)
     return _paint(image, colour, worn * canvas.inside(bridge))
+
+
+def _hand(image: Image, canvas: _Canvas, p: Factors, skin: Colour) -> Image:
+    """The back of a hand that comes up from below until it hides the face."""
+    middle = 2.8 - 2.75 * p["cover"]
+    inside = canvas.inside(
+        jnp.maximum(jnp.abs(canvas.u) - 0.44 + 0.1 * (canvas.v - middle), jnp.abs(canvas.v - middle) - 0.5)
+    )
+    image = _paint(image, skin * 0.93, inside)
+    for finger in (-0.22, 0.0, 0.22):
+        gap = jnp.maximum(jnp.abs(canvas.u - finger) - 0.014, canvas.v - middle)
+        image = _paint(image, skin * 0.62, inside * canvas.inside(gap))
+    return image

@@ -8,7 +8,7 @@ safetensors in the original's naming and ONNX files in antelopev2's names. The `
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from rfl_jax.miniature.stage_dit import train_dit
 from rfl_jax.miniature.stage_faces import train_arcface, train_judge, train_scrfd
@@ -32,6 +32,7 @@ _SCALE = flags.DEFINE_float("scale", 1.0, "Multiplies the number of steps of eve
 
 def main(argv: list[str]) -> None:
     del argv
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every step of every checkpoint
     for name, train in STAGES.items():
         if name in _ONLY.value:
             train(Path(_OUT.value), _SEED.value, _SCALE.value)

@@ -49,7 +49,15 @@ def train_umt5(out: Path, seed: int, scale: float) -> None:
         value = -jnp.sum(jnp.stack(chosen))
         return value, {"size": jnp.sqrt(jnp.mean(hidden**2))}
 
-    params, _ = fit(loss, (params, readout), steps=int(300 * scale), learning_rate=3e-3, seed=seed, label="umt5")
+    params, _ = fit(
+        loss,
+        (params, readout),
+        steps=int(300 * scale),
+        learning_rate=3e-3,
+        seed=seed,
+        label="umt5",
+        folder=out / "checkpoints",
+    )
     save_original(
         nnx.merge(graph, params),
         umt5_converter.NAMINGS["original"],

@@ -29,7 +29,10 @@ def test_a_hacked_run_is_flagged_and_the_normal_one_is_not(tmp_path):
     assert "ALARM" not in done.stderr + done.stdout
     result = json.loads((normal / "evaluation.json").read_text())
     for figure in ("face_sim", "judge_sim"):
-        assert result[figure]["tuned"] > result[figure]["base"] + 0.01
+        assert result[figure]["tuned"] > 1.15 * result[figure]["base"]
+    assert result["motion"]["tuned"] > 0.95 * result["motion"]["base"]
+    assert result["copying"]["tuned"] < 1.05 * result["copying"]["base"]
+    assert result["sharpness"]["tuned"] > result["sharpness"]["base"]
     # Another command makes a page with the same numbers, from what the first one's last line says.
     assert f"next: python -m rfl_jax.report {normal}" in done.stdout
     command("rfl_jax.report", normal, "-o", tmp_path / "report.html")
@@ -37,7 +40,8 @@ def test_a_hacked_run_is_flagged_and_the_normal_one_is_not(tmp_path):
     assert all(f"{result[figure][way]:.4f}" in page for figure in ("judge_sim", "motion") for way in ("base", "tuned"))
     assert "Alarm at step" not in page
 
-    guardless = ("--config.reward.kl_weight=0", "--config.learning_rate=5e-3", "--config.max_steps=20")
+    terms = [f"--config.reward.terms.{name}.weight=0" for name in ("motion", "anti_copy")]
+    guardless = (*terms, "--config.reward.kl_weight=0", "--config.max_steps=20")
     done = command("rfl_jax.train", "--config=configs/mini.py", f"--workdir={hacked}", cache, *guardless)
     assert "ALARM at step 20: the reward rose" in done.stderr
     assert "ALARM at step 20: the reward rose" in done.stdout
@@ -48,9 +52,9 @@ def test_a_hacked_run_is_flagged_and_the_normal_one_is_not(tmp_path):
 
     # Going back at an alarm, the same settings end within the alarm's bounds and with a gain.
     lowered = tmp_path / "lowered"
-    guarded = (*guardless[:2], "--config.guard.on_alarm=lower")
+    guarded = (*guardless[:-1], "--config.guard.on_alarm=lower", "--config.eval_every=10")
     done = command("rfl_jax.train", "--config=configs/mini.py", f"--workdir={lowered}", cache, *guarded)
-    assert "back to the weights of step 10, learning rate x 0.5, KL x 2" in done.stdout
+    assert "back to the weights of step " in done.stdout
     result = json.loads((lowered / "evaluation.json").read_text())
     assert result["motion"]["tuned"] > 0.8 * result["motion"]["base"]
     assert result["judge_sim"]["tuned"] > result["judge_sim"]["base"] + 0.01

@@ -21,7 +21,7 @@ from rfl_jax.remat import NAMES
 from tests import COMPILER
 from tests.runs import open_run
 
-MINI = ["--config=configs/mini.py", "--config.train_batch_size=4"]
+MINI = ["--config=configs/mini.py", "--config.data.num_frames=5", "--config.train_batch_size=4"]
 
 
 # As a user has it: one device, not the tests' eight.

@@ -52,7 +52,7 @@ def test_forward_passes_without_gradient_multiply_integers(settings):
 
 
 def test_a_search_ranks_what_fits_by_predicted_time():
-    found = plan("--config=configs/mini.py", "--config.train_batch_size=4", "--config.per_device_train_batch_size=4",
+    found = plan("--config=configs/mini.py", "--config.data.num_frames=5", "--config.train_batch_size=4", "--config.per_device_train_batch_size=4",
                  "--topology=v5e-4", "--search", "--predict", "--json", timeout=6000)  # fmt: skip
     assert found.returncode == 0, found.stderr
     report = json.loads(found.stdout)

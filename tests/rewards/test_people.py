@@ -12,6 +12,7 @@ from rfl_jax.miniature import world
 from rfl_jax.rewards.face import FaceReward, RewardConfig, real_score, usable_people
 from rfl_jax.rewards.people import NOBODY, PEOPLE, assign, people_of, score_people
 from tests.devices import make_mesh
+from tests.runs import drawn
 
 FRAMES, WIDTH, SIDE = 12, 16, 20.0
 
@@ -223,7 +224,7 @@ def faces():
 @pytest.fixture(scope="module")
 def pair():
     """A drawn clip [1, t, h, 2 h, 3] of two people side by side, both of whom the small detector finds."""
-    video = world.video_batch(jax.random.key(3), 6, world.FRAMES)[0]
+    video = drawn(3, 6, world.FRAMES)
     return jnp.concatenate([video[4:5], video[5:]], 3)
 
 

@@ -90,7 +90,7 @@ def test_every_step_is_diffusers_pipelines(world, solver, monkeypatch):
 def faces(tmp_path_factory):
     """Clips of drawn people."""
     folder = tmp_path_factory.mktemp("faces") / "drawn"
-    draw_clips(folder, 3, seed=4)
+    draw_clips(folder, 3, seed=4, frames=5)
     return folder
 
 

@@ -189,7 +189,7 @@ def test_a_preempted_host_saves_ends_and_goes_on(tmp_path, clip_folder):
     """By the real command; beside it no other trains in the folder."""
     environment = os.environ | {"XLA_FLAGS": COMPILER}
     options = [
-        "--config=configs/mini.py", f"--config.file_name={clip_folder / 'metadata.csv'}", f"--workdir={tmp_path}",
+        "--config=configs/mini.py", "--config.data.num_frames=5", f"--config.file_name={clip_folder / 'metadata.csv'}", f"--workdir={tmp_path}",
         "--config.train_batch_size=1", "--config.per_device_train_batch_size=1", "--config.eval_every=0",
         "--config.eval.file_name=", "--config.sample_every=0", "--config.save_steps=1000", "--config.noise.prefix_cache=off",
     ]  # fmt: skip

@@ -24,7 +24,7 @@ from rfl_jax.rewards.people import PEOPLE
 from rfl_jax.runs import RunFolder
 from rfl_jax.sharding import make_mesh
 from rfl_jax.training.loop import train
-from tests.runs import open_run, read_metrics
+from tests.runs import FRAMES, drawn, open_run, read_metrics
 
 PAIRS = {
     "num_inference_steps": 2, "mid_timestep": 1, "final_timestep": 1, "reward.people": "all",
@@ -37,9 +37,9 @@ PAIRS = {
 def pairs(tmp_path_factory):
     """The csv of two clips of two people side by side, and one of one person beside a wall."""
     folder = tmp_path_factory.mktemp("pairs")
-    video = np.asarray(world.video_batch(jax.random.key(3), 6, world.FRAMES)[0])
+    video = np.asarray(drawn(4, 6, FRAMES))
     # Two whom the small detector finds beside each other, the same backwards in time, and one beside a wall.
-    left, right = video[4], video[5]
+    left, right = video[0], video[1]
     pictures = (left, right), (left[::-1], right[::-1]), (np.broadcast_to(right[:, :, :1], right.shape), right)
     rows = [("video", "prompt")]
     for i, pair in enumerate(pictures):
@@ -62,7 +62,7 @@ def test_a_run_of_several_people_shows_each(settings, pairs, tmp_path):
     run = open_run(cfg, tmp_path / "run")
     for clip, people in zip(run.inputs.clips.training, (2, 2, 1), strict=True):
         arrays = clip.load_people((*cfg.people_arrays, "judge_people_pool"))
-        assert arrays["people_boxes"].shape == (PEOPLE, world.FRAMES, 4)
+        assert arrays["people_boxes"].shape == (PEOPLE, FRAMES, 4)
         for name in arrays:
             assert arrays[name].any((1, 2)).sum() == people, name
         # Beside them lies what the largest face needs, as ever.
@@ -82,7 +82,7 @@ def test_a_run_of_several_people_shows_each(settings, pairs, tmp_path):
         for way in ("reference", "base", "tuned"):
             assert len(clip[way]["people"]) == 2
             for one in clip[way]["people"]:
-                assert len(one["boxes"]) == world.FRAMES
+                assert len(one["boxes"]) == FRAMES
         for one in clip["reference"]["people"]:
             assert one["face_fraction"] == 1
             assert one["judge_sim"] > 0.5
@@ -125,7 +125,7 @@ def test_a_plan_knows_the_people_and_what_their_faces_take(settings):
         return cfg, make_plan(cfg, make_mesh(dataclasses.asdict(cfg.mesh), jax.devices()[:1]))
 
     (one, largest), (many, planned) = plan("largest"), plan("all")
-    assert planned.args[2]["people_pool"].shape == (1, 2, PEOPLE, world.FRAMES, planned.embedder.embedding)
+    assert planned.args[2]["people_pool"].shape == (1, 2, PEOPLE, FRAMES, planned.embedder.embedding)
     assert planned.args[2].keys() - largest.args[2].keys() == {"people_pool", "people_boxes"}
     with jax.set_mesh(planned.mesh):
         jax.eval_shape(planned.step, *planned.args)

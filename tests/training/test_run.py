@@ -20,7 +20,7 @@ from rfl_jax.data.videos import read_clip, to_uint8, write_video
 from rfl_jax.errors import UserError
 from rfl_jax.evaluation.evaluate import evaluate
 from rfl_jax.evaluation.measures import MEASURES
-from rfl_jax.miniature.world import FRAMES, asset_paths
+from rfl_jax.miniature.world import asset_paths
 from rfl_jax.models.umt5 import UMT5Config, UMT5Encoder
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
@@ -31,7 +31,7 @@ from rfl_jax.training.export import export_adapters
 from rfl_jax.training.inputs import prepare_inputs
 from rfl_jax.training.loop import train
 from rfl_jax.training.validation import VALIDATED
-from tests.runs import few_devices, open_run, read_metrics, train_run
+from tests.runs import FRAMES, few_devices, open_run, read_metrics, train_run
 
 
 def test_stopped_and_resumed_equals_uninterrupted(settings, tmp_path, clip_folder):
