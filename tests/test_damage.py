@@ -41,7 +41,7 @@ def entry(file, name):
         return found.header_offset + 30 + len(name) + found.file_size // 2 + 64
 
 
-@pytest.mark.parametrize("damage", ["clip.npz", "noise.prefix.npz", "clip.latents.npz", "removed", "cut", "lacking"])
+@pytest.mark.parametrize("damage", ["clip.npz", "noise.prefix.npz", "clip.latents.2.npz", "removed", "cut", "lacking"])
 def test_prepared_clips_are_compared_with_their_checksums(tmp_path, damage):
     clip = PreparedClip(
         Clip(2, Path("a.mp4"), ""), epath.Path(tmp_path / "clip.npz"), (epath.Path(tmp_path / "noise.prefix.npz"),)

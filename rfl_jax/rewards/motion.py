@@ -44,7 +44,9 @@ def moves(kps: Points, mask: Found) -> tuple[Float[Either, "b t2"], Bool[Either,
     xp = _functions(kps)
     centres = xp.mean(kps, axis=2)
     square = xp.mean(xp.sum((kps - centres[:, :, None]) ** 2, axis=3), axis=2)
-    far = xp.sum((centres[:, 1:] - centres[:, :-1]) ** 2, axis=2) > JUMP**2 * xp.maximum(square[:, 1:], square[:, :-1])
+    square = xp.maximum(square[:, 1:], square[:, :-1])
+    # Points that all lie in one place tell no size.
+    far = (square > 0) & (xp.sum((centres[:, 1:] - centres[:, :-1]) ** 2, axis=2) > JUMP**2 * square)
     return xp.mean(xp.abs(kps[:, 1:] - kps[:, :-1]), axis=(2, 3)), mask[:, 1:] & mask[:, :-1] & ~far
 
 
