@@ -104,11 +104,11 @@ def answer_libtpu() -> None:
     called before any device is asked for. A machine with a TPU answers by itself.
     """
     # On a host of TPUs, jax has named its platforms when it was imported.
-    if not jax.config.values["jax_platforms"] and not _has_tpu_device():
+    if not jax.config.values["jax_platforms"] and not has_tpu_device():
         _set_libtpu()
 
 
-def _has_tpu_device() -> bool:
+def has_tpu_device() -> bool:
     """Whether there is a device file as TPUs have it: /dev/accel0, or in newer kernels /dev/vfio/0."""
     return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 

@@ -4,6 +4,8 @@ import ctypes
 import os
 from pathlib import Path
 
+from rfl_jax.chips import has_tpu_device
+
 # Parameters of glibc's mallopt (malloc.h) and what they are set to.
 _SETTINGS = {
     "M_ARENA_MAX": (-8, 1),  # one heap, that all threads share what is kept
@@ -29,7 +31,7 @@ def keep_freed_memory() -> None:
 
 
 def _has_accelerator() -> bool:
-    """Whether there is a device file of a TPU (/dev/accel0, /dev/vfio/0) or of an NVIDIA GPU, unless JAX is told to use the CPU."""
+    """Whether there is a device file of a TPU or of an NVIDIA GPU, unless JAX is told to use the CPU."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
-    return any(any(Path("/dev").glob(name)) for name in ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*"))
+    return has_tpu_device() or any(Path("/dev").glob("nvidia[0-9]*"))

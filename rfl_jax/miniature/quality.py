@@ -5,18 +5,20 @@
 One line a figure. The generator's are those of `evaluation.json`, which every run writes.
 """
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from flax import nnx
 
 from convert import arcface as arcface_converter
 from convert import scrfd as scrfd_converter
 from convert import vae as vae_converter
+from rfl_jax.chips import answer_libtpu
+from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.miniature.faces import (
     HELD_OUT_PROMPTS,
     POSE,
@@ -43,10 +45,6 @@ from rfl_jax.miniature.world import (
 from rfl_jax.rewards.align import align, similarity
 from rfl_jax.rewards.detect import detect, largest
 from rfl_jax.rewards.face import FaceReward, RewardConfig
-
-_ASSETS = flags.DEFINE_string("assets", str(ASSETS), "Folder of the pretrained networks.")
-_PEOPLE = flags.DEFINE_integer("people", 1000, "People among whom one is to be recognised.", lower_bound=2)
-_SEED = flags.DEFINE_integer("seed", 7, "Seed of people and clips.")
 
 Figures = Iterator[tuple[str, float]]
 BATCH = 50
@@ -147,11 +145,23 @@ def figures(assets: Path, people: int, seed: int) -> Figures:
     yield from autoencoder(assets, seed)
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    for name, value in figures(Path(_ASSETS.value), _PEOPLE.value, _SEED.value):
+def main() -> None:
+    parser = ArgumentParser(
+        prog="python -m rfl_jax.miniature.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the networks (default: the miniature's)")
+    parser.add_argument("--people", type=int, default=1000, help="among whom one is to be recognised (default: 1000)")
+    parser.add_argument("--seed", type=int, default=7, help="of people and clips (default: 7)")
+    args = parser.parse_args()
+    if args.people < 2:
+        raise UserError(f"--people: {args.people}: expected at least 2")
+    for name, value in figures(args.assets, args.people, args.seed):
         print(f"{name:75} {value:8.3f}", flush=True)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    answer_libtpu()
+    with refuse_in_one_line("quality"):
+        main()

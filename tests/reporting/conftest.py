@@ -1,7 +1,9 @@
-"""A finished run of drawn squares, and a real browser."""
+"""A finished run of drawn squares, the command that reports it, and a real browser."""
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -81,6 +83,12 @@ def folder(tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "profile.json").write_text(json.dumps({"phases": {"grad_steps": 1.5, "vae": 0.5}}))
     return run
+
+
+def report(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "rfl_jax.report", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from rfl_jax.reporting.animation import BAR, GAP
-from tests.reporting.conftest import CLIPS, FRAMES, SIZE, moving
-from tests.reporting.test_report import report
+from tests.reporting.conftest import CLIPS, FRAMES, SIZE, moving, report
 
 
 def frames(file):

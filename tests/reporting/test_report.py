@@ -4,8 +4,6 @@ import base64
 import json
 import re
 import shlex
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,13 +16,7 @@ from rfl_jax.reporting import collect
 from rfl_jax.reporting.collect import embed, read_run
 from rfl_jax.reporting.page import render
 from rfl_jax.runs import RunFolder
-from tests.reporting.conftest import CLIPS, FRAMES, HOSTILE, SIZE, moving
-
-
-def report(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "rfl_jax.report", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+from tests.reporting.conftest import CLIPS, FRAMES, HOSTILE, SIZE, moving, report
 
 
 def opened(driver, file, width):

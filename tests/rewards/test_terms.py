@@ -206,6 +206,8 @@ def test_terms_on_a_mesh_are_those_of_one_device(faces, clips):
     # The other pre-processing rounds pixels to 8 bits before detection, which rounding errors may turn.
     faces = FaceReward(faces.detector, faces.embedder, RewardConfig(detector_size=world.SIZE, compat="roll"))
     graph, weights = nnx.split(faces)
+    # Where drawn pictures are flat, the detector's pooling has a choice of pixels, which rounding errors would turn as well.
+    clips = 0.9 * clips + 0.02 * jax.random.normal(jax.random.key(3), clips.shape)
     video = DAMAGES["motion"](clips)
 
     def total(weights, video, real):
@@ -227,7 +229,4 @@ def test_terms_on_a_mesh_are_those_of_one_device(faces, clips):
     (want, slope), (found, other) = results
     for name in TERMS:
         np.testing.assert_allclose(found[name], want[name], rtol=1e-3, atol=1e-4, err_msg=name)
-    # A detector's unit that lies at its kink may turn by rounding, and with it one frame's points.
-    errors = np.sqrt(np.sum((other - slope) ** 2, axis=(2, 3, 4))) / np.linalg.norm(slope)
-    assert np.median(errors) < 1e-3
-    assert errors.max() < 3e-2
+    assert np.linalg.norm(other - slope) < 1e-3 * np.linalg.norm(slope)
