@@ -267,7 +267,7 @@ def read_clip(
 
 
 def encode_video(frames: UInt8[np.ndarray, "t h w 3"], *, fps: int = 16, crf: int = 12) -> bytes:
-    """An H.264 mp4.
+    """An H.264 mp4, the same for the same frames.
 
     Args:
         frames: of even height and width.
@@ -276,7 +276,10 @@ def encode_video(frames: UInt8[np.ndarray, "t h w 3"], *, fps: int = 16, crf: in
     """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf)})
+        # Looking ahead, libx264 reads beyond the rows of its smaller pictures, so that what it decides depends on what the
+        # process had in that memory before. Without that the same frames always give the same file.
+        options = {"crf": str(crf), "x264-params": "rc-lookahead=0:bframes=0"}
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

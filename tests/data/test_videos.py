@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import os
 import re
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -113,6 +116,34 @@ def test_clip_lengths_and_sizes():
     assert frame_size(100, 60, max_pixels=480 * 480, multiple=32) == (96, 32)
     image = Image.fromarray(np.arange(40 * 90 * 3, dtype=np.uint32).astype(np.uint8).reshape(40, 90, 3))
     assert fit_frame(image, 32, 32).shape == (32, 32, 3)
+
+
+WRITER = """
+import sys
+import numpy as np
+from rfl_jax.data.videos import encode_video
+from rfl_jax.memory import keep_freed_memory
+
+keep_freed_memory()
+rng = np.random.default_rng(0)
+t, y, x = np.mgrid[:13, : int(sys.argv[1]), : int(sys.argv[2])]
+frames = np.stack([127 + 120 * np.sin((x + k * t) / 7) * np.cos(y / (5 + k)) for k in range(3)], -1).astype(np.uint8)
+found = set()
+for _ in range(40):
+    # What the encoder's memory held before.
+    remains = [np.full(size, rng.integers(256), np.uint8) for size in rng.integers(1000, 400_000, 20)]
+    del remains
+    found.add(encode_video(frames))
+print(len(found))
+"""
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
+def test_the_same_frames_are_always_the_same_file(size):
+    command = [sys.executable, "-c", WRITER, *map(str, size)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
 
 
 def test_written_videos_read_back(tmp_path):
