@@ -29,8 +29,10 @@ from rfl_jax.sharding import gather
 
 PEOPLE = 4  # a clip, at most, and faces that are looked at in a frame: the largest
 TRACKS = 16  # that are followed through a real clip before the largest people are chosen
-LEAST = 2  # frames that somebody is seen in, at least
-VERSION = 1  # of what is prepared; a new number makes old files unused
+# Frames that somebody is seen in, at least, and at least this share of the clip's. One who hides behind a hand or turns to profile
+# may be unlike herself for some frames, which would make a second person of her.
+LEAST, LEAST_SHARE = 2, 0.2
+VERSION = 2  # of what is prepared; a new number makes old files unused
 
 # Cosine that a face has at least with a person, where she was and anywhere else; those of different people lie around 0.
 SAME_PLACE, ELSEWHERE = 0.15, 0.3
@@ -117,7 +119,7 @@ def people_of(
     embeddings: Float[Array, "t k e"], boxes: Float[Array, "t k 4"], there: Bool[Array, "t k"]
 ) -> Int[Array, "t p"]:
     """Who is who in a real clip: which of each frame's faces is each person's, `NOBODY` where she is not seen; the person who is
-    seen largest and longest, by the sum of her boxes, comes first.
+    seen largest and longest, by the sum of her boxes, comes first. Who is seen in fewer than `LEAST_SHARE` of the frames is nobody.
 
     Args:
         embeddings: of the faces.
@@ -153,7 +155,7 @@ def people_of(
     _, tracks = jax.lax.scan(turn, start, (looks, boxes, there))
     seen = tracks != NOBODY
     sizes = jnp.sum(jnp.where(seen, jnp.take_along_axis(areas(boxes), jnp.maximum(tracks, 0), 1), 0), 0)
-    sizes = jnp.where(jnp.sum(seen, 0) >= LEAST, sizes, 0)
+    sizes = jnp.where(jnp.sum(seen, 0) >= max(LEAST, LEAST_SHARE * len(there)), sizes, 0)
     size, chosen = jax.lax.top_k(sizes, PEOPLE)
     return jnp.where(size[None] > 0, tracks[:, chosen], NOBODY)
 

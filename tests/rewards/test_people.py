@@ -128,6 +128,15 @@ def test_who_is_seen_largest_and_longest_comes_first_and_a_glimpse_is_nobody():
     assert found[0].tolist() == [2, 0, NOBODY, NOBODY]
 
 
+@pytest.mark.parametrize(("hidden", "people"), [([4, 7], 1), ([4, 5, 7], 2)])
+def test_who_is_unlike_herself_for_some_frames_is_no_second_person(hidden, people):
+    embeddings = looks()
+    embeddings[hidden, 0] = embeddings[hidden, 1]
+    found = followed(standing(20), embeddings[:, :1])
+    assert ((found != NOBODY).sum(0) > 0).sum() == people
+    assert (np.flatnonzero(found[:, 0] == NOBODY) == hidden).all()
+
+
 def prepared(centres, embeddings):
     """Pool and boxes of the real clip, whose people stay in the order of their columns."""
     (values, boxes, _), who = clip(centres, embeddings)
