@@ -19,7 +19,7 @@ COMMANDS = {
     "train": ["--workdir=TEXT", "Folder of the run: config", "--[no]distributed"],
     "prepare": ["--workdir=TEXT"],
     "sample": ["--prompt=TEXT", "Default: 16.", "python -m rfl_jax.sample --config=FILE [--lora=RUN_OR_FILE] --csv="],
-    "evaluate": ["--workdir=TEXT", "--data=TEXT"],
+    "evaluate": ["--workdir=TEXT", "--data=TEXT", "--export=TEXT", "vbench-i2v or opens2v"],
     "plan": ["--topology=TEXT", "--[no]search", "Exit status 0"],
 }
 

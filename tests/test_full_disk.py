@@ -14,6 +14,7 @@ from etils import epath
 from flax import nnx
 
 from rfl_jax.errors import storage_fault
+from rfl_jax.evaluation.layouts import export
 from rfl_jax.files import write_whole
 from rfl_jax.miniature.world import ASSETS, DIT_FILES
 from rfl_jax.runs import RunFolder
@@ -21,6 +22,7 @@ from rfl_jax.training.board import Board
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.state import TrainState
 from tests import COMPILER
+from tests.evaluation.test_layouts import evaluated
 from tests.runs import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +113,19 @@ def leave(disk, room):
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
     with (disk / "fill").open("wb") as stream:
         stream.write(bytes(free - room))
+
+
+def test_a_benchmarks_folder_without_room_is_not_there(small_disk, tmp_path):
+    run = evaluated(tmp_path / "run", [("A person nods.", 0), ("She smiles.", 1)])
+    out = epath.Path(small_disk / "out")
+    leave(small_disk, 8192)
+    with pytest.raises(OSError, match="No space left") as failure:
+        export(run, "opens2v", out)
+    assert storage_fault(failure.value) == f"{out}: No space left on device"
+    assert [p.name for p in small_disk.iterdir()] == ["fill"]
+    leave(small_disk, None)
+    export(run, "opens2v", out)
+    assert (out / "seeds.json").exists()
 
 
 @pytest.mark.slow

@@ -245,6 +245,7 @@ def test_only_a_new_or_empty_folder_is_written_to(run, tmp_path):
         ("taken", "taken: is not empty, expected a new or empty folder"),
         ("file", "file: is a file, expected a new or empty folder"),
         ("file/out", r"file/out: cannot be written \("),
+        ("x" * 300, r"x: cannot be written \(File name too long\)"),
     ):
         with pytest.raises(UserError, match=f"--dst: .*{message}"):
             export(run, "opens2v", epath.Path(tmp_path / name))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from convert import dit, store, umt5
@@ -16,9 +17,11 @@ from convert.mapping import unfill
 from rfl_jax.data.encoding import ClipEncoder
 from rfl_jax.data.metadata import read_metadata
 from rfl_jax.data.preparation import prepare_clips
+from rfl_jax.data.sizes import clip_settings
 from rfl_jax.data.videos import read_clip, to_uint8, write_video
 from rfl_jax.errors import UserError
 from rfl_jax.evaluation.evaluate import evaluate
+from rfl_jax.evaluation.layouts import export
 from rfl_jax.evaluation.measures import MEASURES
 from rfl_jax.miniature.world import asset_paths
 from rfl_jax.models.umt5 import UMT5Config, UMT5Encoder
@@ -116,6 +119,17 @@ def test_stopped_and_resumed_equals_uninterrupted(settings, tmp_path, clip_folde
         assert 0 <= x1 < x2 - 10
         assert 0 <= y1 < y2 - 10
         assert clip["tuned"]["judge_sim"] == pytest.approx(np.mean(clip["tuned"]["frames"]["judge_sim"]), abs=1e-4)
+    # So is what benchmarks are given.
+    for benchmark, names in (("vbench-i2v", "number"), ("opens2v", "")):
+        export(RunFolder(whole), benchmark, epath.Path(tmp_path / benchmark), names)
+        for name, noise in json.loads((tmp_path / benchmark / "seeds.json").read_text()).items():
+            assert noise["seed"] == cfg.seed
+            for way in ("base", "tuned"):
+                video = whole / written["clips"][noise["clip"]][way]["file"]
+                assert (tmp_path / benchmark / way / name).read_bytes() == video.read_bytes()
+    image = np.asarray(Image.open(tmp_path / "vbench-i2v" / "images" / "002.png"))
+    real = to_uint8(read_clip(held_out.clips[2].clip.video, **clip_settings(cfg)))[0]
+    assert np.abs(image.astype(int) - real).mean() < 2
     curve = np.mean([clip["base"]["frames"]["face_sim"] for clip in written["clips"]], 0)
     assert written["drift"]["face_sim"]["base"] == pytest.approx(curve)
     assert (whole / "evaluation" / "drift.png").read_bytes().startswith(b"\x89PNG")
