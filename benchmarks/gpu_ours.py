@@ -42,7 +42,7 @@ answer_libtpu()
 def configuration(job: Job, **changes: Any) -> Config:
     """The preset's recipe for one video on one device. The presets get the job's sizes, for this process."""
     DIT_PRESETS[job.part.dit], VAE_PRESETS[job.part.vae] = job.dit, job.vae
-    config = CONFIGS[job.part.dit].get_config()
+    config = CONFIGS[job.part.dit].get_config("original")
     config.update(train_batch_size=1, attention=job.attention, **changes)
     config.data.num_frames, config.data.height, config.data.width = job.video
     if job.small:

@@ -9,19 +9,11 @@ from ml_collections import ConfigDict
 from rfl_jax.config import default_config
 from rfl_jax.miniature.data import clips
 from rfl_jax.miniature.world import FRAMES, SIZE, asset_paths, judge_path
+from rfl_jax.recipes import with_recipe
 
 
-def get_config() -> ConfigDict:
-    return guarded(miniature(str(clips("train")), str(clips("held_out"))))
-
-
-def guarded(config: ConfigDict) -> ConfigDict:
-    """The settings with what keeps motion. The face alone is best kept by a head that holds still; two more terms ask for the
-    real clips' motion and change, so strongly that less of the KL will do.
-    """
-    config.reward.terms = {"face": {"weight": 1.0}, "motion": {"weight": 0.25}, "anti_copy": {"weight": 2.25}}
-    config.reward.kl_weight = 0.5
-    config.ema.decay = 0.9
+def get_config(recipe: str = "guarded") -> ConfigDict:
+    config = with_recipe(miniature(str(clips("train")), str(clips("held_out"))), recipe)
     config.max_steps = 60
     config.eval_every = config.sample_every = 20
     return config

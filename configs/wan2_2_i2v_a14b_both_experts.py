@@ -7,10 +7,11 @@ Each update draws four of all eight denoising steps, two of each expert, so that
 from ml_collections import ConfigDict
 
 from rfl_jax.config import default_config
+from rfl_jax.recipes import with_recipe
 
 
-def get_config() -> ConfigDict:
-    config = default_config()
+def get_config(recipe: str = "guarded") -> ConfigDict:
+    config = with_recipe(default_config(), recipe)
     config.preset = "wan2_2_i2v_a14b"
     config.trainable_models = config.lora_base_model = "dit,dit2"
     config.mid_timestep = 0

@@ -18,7 +18,7 @@ from rfl_jax.models.lora import TARGETS
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.rewards.detect import COMPATS
 from rfl_jax.rewards.face import RewardConfig
-from rfl_jax.rewards.term import TermSettings
+from rfl_jax.rewards.term import Term, TermSettings
 from rfl_jax.rewards.terms import FACE, find_term
 from rfl_jax.settings import (
     Above,
@@ -440,6 +440,11 @@ class Config(Original):
         return {name: term for name, term in self.terms.items() if term.type != FACE}
 
     @property
+    def needs_untrained(self) -> bool:
+        """Whether a term compares with the video that the network before training makes of the same noise."""
+        return any(term.against == "untrained" for term in self.terms.values())
+
+    @property
     def trained(self) -> Names:
         """Networks that train, in full or by adapters."""
         named = {*self.trainable_models, *self.lora_base_model}
@@ -507,6 +512,18 @@ class Rule:
 def _compares_with_first_frame(cfg: Config) -> str:
     """The first term that does; empty if none does."""
     return next((name for name, term in cfg.terms.items() if find_term(term.type).whole), "")
+
+
+def _compares_without_preparing(cfg: Config) -> str:
+    """The first term that is to compare with what it does not prepare; empty if none is."""
+    return next(
+        (
+            name
+            for name, term in cfg.terms.items()
+            if term.against != "real" and find_term(term.type).prepare is Term.prepare
+        ),
+        "",
+    )
 
 
 RULES = (
@@ -605,6 +622,18 @@ RULES = (
         ("reward.terms",),
         lambda cfg: any(term.weight for term in cfg.terms.values()) or cfg.real.weight > 0,
         "a term with a weight above 0, as nothing else is trained on",
+    ),
+    Rule(
+        ("reward.terms",),
+        lambda cfg: not _compares_without_preparing(cfg),
+        lambda cfg: (
+            f"against real in the row {_compares_without_preparing(cfg)}, whose term prepares nothing of a clip"
+        ),
+    ),
+    Rule(
+        ("reward.terms", "trainable_models", "lora_base_model"),
+        lambda cfg: cfg.trains_dit or not cfg.needs_untrained,
+        "against real in every row, as no DiT trains",
     ),
     Rule(
         ("reward.ceiling", "reward.terms"),

@@ -1,6 +1,7 @@
 """The configuration refuses by name and is the same at the edge; the original's yaml is read."""
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from configs import roll
 from rfl_jax.config import TRAINABLE, Config, default_config, dumps, grouped, markdown, parse
 from rfl_jax.errors import UserError
+from rfl_jax.recipes import RECIPES, with_recipe
 from rfl_jax.rewards.face import RewardConfig
 from rfl_jax.settings import Rows, settings
 from rfl_jax.training.optim import learning_rate
@@ -233,6 +235,30 @@ def test_values_inside_have_the_annotated_types():
 def test_the_page_of_settings_is_current():
     """Written by `python -m rfl_jax.config > docs/settings.md`."""
     assert (ROOT / "docs" / "settings.md").read_text() == markdown()
+
+
+@pytest.mark.parametrize("name", ["mini", "wan2_2_i2v_a14b", "wan2_2_i2v_a14b_both_experts", "wan2_2_ti2v_5b"])
+def test_a_config_has_the_guards_that_win_unless_the_original_is_asked_for(name):
+    made = importlib.import_module(f"configs.{name}").get_config
+    cfgs = {recipe: parse(made(recipe)) for recipe in RECIPES}
+    assert parse(made()) == cfgs["guarded"]
+    assert {term: setting.weight > 0 for term, setting in cfgs["guarded"].terms.items()} == {
+        "face": True, "motion": True, "anti_copy": True
+    }  # fmt: skip
+    assert cfgs["guarded"].window.mode == "random"
+    # What the original does besides sizes, paths and lengths is what the defaults do.
+    for section in ("reward", "kl", "real", "motion", "ema", "guard"):
+        ours, default = (
+            dataclasses.asdict(getattr(cfg, section)) | {"detector_size": 0} for cfg in (cfgs["original"], Config())
+        )
+        assert ours == default
+
+
+def test_a_recipe_that_there_is_not_is_refused():
+    with pytest.raises(
+        UserError, match="--config: recipe 'orginal': expected one of guarded, original, did you mean original"
+    ):
+        with_recipe(default_config(), "orginal")
 
 
 def test_what_trains_and_what_is_rematerialised():

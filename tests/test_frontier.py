@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.frontier import ROWS, Point, dominated, flags, main, plot, table
-from configs.mini import guarded, miniature
+from configs.mini import miniature
 from rfl_jax.config import parse
+from rfl_jax.recipes import guarded
 from rfl_jax.sampling.sampler import make_sampler
 from tests.test_documentation import SHORT
 

@@ -229,11 +229,14 @@ def step_flops(cfg: Config, plan: Plan) -> tuple[float, float]:
     embed = faces * pixels * _forward_flops(make_embedder, plan.embedder, (1, CROP, CROP, 3))
     detect = pixels * _forward_flops(SCRFD, plan.detector, (1, size, size, 3))
     terms = sum(plan.terms.values())
-    rest = plan.samples * ((before + 2 * scored) * decode + 2 * embed + detect + terms)
+    # The untrained network's video, where a term compares with that, is decoded and looked at without gradient.
+    again = before + scored if cfg.needs_untrained else 0
+    videos = (before + 2 * scored + again) * decode + 2 * embed + (2 if cfg.needs_untrained else 1) * detect
+    rest = plan.samples * (videos + terms)
     # Grouped caches take one more forward pass.
     passes = 0 if cfg.policy == "none" else 2 if cfg.vae_caches == "recompute" else 1
-    again = plan.samples * scored * decode * passes
-    return needed + rest, executed + rest + again
+    recomputed = plan.samples * scored * decode * passes
+    return needed + rest, executed + rest + recomputed
 
 
 def least_seconds(cfg: Config, plan: Plan, chip: Chip | None) -> float:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 from flax import nnx
@@ -26,6 +26,10 @@ class TermSettings:
         int, AtLeast(1), "Of so many optimizer updates one has the term, so many times as strong; 1: each."
     ] = 1
     ceiling: Annotated[bool, "No gradient of a score beyond what the real clip scores under the term."] = False
+    against: Annotated[
+        Literal["real", "untrained"],
+        "What training compares with: the real clip, or the video that the network before training makes of the same noise.",
+    ] = "real"
 
 
 # What becomes of a score, not what it is: nothing that is prepared depends on these.

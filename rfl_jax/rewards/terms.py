@@ -21,8 +21,8 @@ from rfl_jax.settings import Above, AtLeast
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 CENTRED = TEMPLATE - TEMPLATE.mean(0)
 SIZE = float(np.sqrt(np.mean(np.sum(CENTRED**2, 1))))  # of the face in the template: root mean square from its centre
-# Motions of less than a tenth of a pixel are alike: the points are not found more exactly.
-STILL = 0.01
+# Pixels: motions of less are alike, as the points are not found more exactly.
+STILL = 0.1
 
 
 class Face(Term):
@@ -169,8 +169,10 @@ def find_term(name: str) -> type[Term]:
 
 
 def alikeness(a: Float[Array, "*b"], b: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """1 where two motions in pixels are alike, towards 0 where one is a multiple of the other."""
-    return (2 * a * b + STILL) / (a * a + b * b + STILL)
+    """The smaller of two motions in pixels over the larger: 1 where they are alike, towards 0 where one is a multiple of the other.
+    What pulls them together is as strong near 1 as far from it.
+    """
+    return (jnp.minimum(a, b) + STILL) / (jnp.maximum(a, b) + STILL)
 
 
 def from_mean_face(kps: Float[Array, "b t 5 2"]) -> Float[Array, "b t"]:

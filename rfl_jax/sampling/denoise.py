@@ -1,5 +1,6 @@
 """From noise to the latents that are scored, with gradient as the window says."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -60,6 +61,17 @@ def denoise(
         return align_directly(
             experts, sampler.direct, keep, out.latents, noise, sampler.sigmas, step, nested=cfg.policy == "nested"
         )
+
+
+def untrained_latents(
+    sampler: Sampler, experts: Mapping[str, Expert], keep: Callable[[Latents], Latents], start: Latents
+) -> Latents:
+    """What the networks before training make of the same noise, without gradient; arguments as `denoise` has them."""
+    spans = [dataclasses.replace(span, gradient=False) for span in sampler.spans]
+    before = {
+        name: dataclasses.replace(expert, frozen=expert.reference or expert.frozen) for name, expert in experts.items()
+    }
+    return jax.lax.stop_gradient(rollout(before, start, sampler.sigmas, spans, keep=keep).latents)
 
 
 def _one_of(spans: Sequence[Span], key: Array) -> Int[Array, ""]:

@@ -55,9 +55,11 @@ def taken(cfg: Config, sampler: Sampler) -> list[Taken]:
     """The steps of one update."""
     found = []
     for span in sampler.spans:
-        gradient = sampler.with_gradient(span)
+        gradient, steps = sampler.with_gradient(span), span.stop - span.start
         compared = gradient // cfg.kl.every if span.expert in cfg.trained else 0
-        found.append(Taken(span.expert, *map(float, (span.stop - span.start - gradient, gradient, compared))))
+        # Those of the untrained network's video are all without gradient.
+        still = steps - gradient + (steps if cfg.needs_untrained else 0)
+        found.append(Taken(span.expert, *map(float, (still, gradient, compared))))
     among = sum(span.stop - span.start for span in sampler.direct)
     for span in sampler.direct:
         share = (span.stop - span.start) / among

@@ -13,7 +13,7 @@ from rfl_jax.config import Config
 from rfl_jax.networks.terms import prepared_for
 from rfl_jax.rewards.face import FaceReward, Score, Seen, real_score, reward_loss
 from rfl_jax.rewards.motion import copying, motion, moving_share, own_share
-from rfl_jax.rewards.term import Term
+from rfl_jax.rewards.term import REAL, Prepared, Term
 from rfl_jax.sampling.sampler import Batch
 
 # Sum of a term's valid scores, and how many there are.
@@ -73,6 +73,7 @@ def reward_of(
     video: Float[Array, "b t h w 3"],
     batch: Batch,
     update: Array | int,
+    untrained: Float[Array, "b t h w 3"] | None = None,
 ) -> Reward:
     """What videos are rewarded by.
 
@@ -83,12 +84,20 @@ def reward_of(
         video: decoded.
         batch: what of the real clips the terms want.
         update: done before; tells which terms are due.
+        untrained: what the network before training makes of the same noise, where a term compares with that.
     """
     seen = faces.see(video)
     score = faces.score(seen, batch)
     loss, guards = rewarded(cfg, score, batch)
     if not cfg.reward.terms:
         return Reward(jnp.mean(loss), score, guards, {})
+    known = {name: prepared_for(name, term, batch) for name, term in terms.items()}
+    if untrained is not None:
+        before = faces.see(jax.lax.stop_gradient(untrained))
+        known = {
+            name: _anew(term, before, known[name]) if term.cfg.against == "untrained" else known[name]
+            for name, term in terms.items()
+        }
 
     def of_terms(names: list[str], seen: Seen) -> tuple[Float[Array, ""], dict[str, Tally]]:
         """What terms add to the loss, and the tallies of those besides the face's."""
@@ -96,7 +105,7 @@ def reward_of(
         for name in names:
             weight = cfg.terms[name].weight
             if name in terms:
-                value, tallies[name] = _of_term(terms[name], name, seen, batch)
+                value, tallies[name] = _of_term(terms[name], seen, known[name])
             else:
                 value = jnp.mean(rewarded(cfg, faces.score(seen, batch), batch)[0])
             # What is only watched has no gradient.
@@ -139,9 +148,14 @@ def _tally(score: Float[Array, " b"], valid: Array) -> Tally:
     return jnp.sum(jnp.where(valid, score, 0.0)), jnp.sum(valid)
 
 
-def _of_term(term: Term, name: str, seen: Seen, batch: Batch) -> tuple[Float[Array, ""], Tally]:
+def _anew(term: Term, seen: Seen, prepared: Prepared) -> Prepared:
+    """What a term is handed, with other videos in place of the real clips."""
+    prepared = {**prepared, **term.prepare(seen)}
+    return {**prepared, REAL: term(seen, prepared).score} if term.cfg.ceiling else prepared
+
+
+def _of_term(term: Term, seen: Seen, prepared: Prepared) -> tuple[Float[Array, ""], Tally]:
     """The mean loss of a term over the samples of which it says something, none of the others; and its tally."""
-    prepared = prepared_for(name, term, batch)
     found = term(seen, prepared)
     judged = jnp.minimum(found.score, term.ceiling(seen, prepared)) if term.cfg.ceiling else found.score
     return jnp.mean(jnp.where(found.valid, term.loss(judged), 0.0)), _tally(found.score, found.valid)

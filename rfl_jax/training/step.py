@@ -15,7 +15,7 @@ from rfl_jax.config import Config
 from rfl_jax.models.wan.vae import VAE
 from rfl_jax.networks.parts import Frozen, Networks, States
 from rfl_jax.networks.terms import build_terms, shown_as
-from rfl_jax.sampling.denoise import denoise
+from rfl_jax.sampling.denoise import denoise, untrained_latents
 from rfl_jax.sampling.phases import phase_scope
 from rfl_jax.sampling.real import real_loss
 from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape, start_noise
@@ -57,9 +57,14 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
         latents, kls = denoise(cfg, sampler, experts, keep, start, **told)
         with phase_scope("vae"):
             video = decode_scored(cfg, networks.build("vae", params, frozen), latents, key, update)
+        untrained = None
+        if cfg.needs_untrained:
+            before = untrained_latents(sampler, experts, keep, start)
+            with phase_scope("vae"):
+                untrained = decode_scored(cfg, networks.build("vae", params, frozen), before, key, update)
         with phase_scope("reward"):
             terms = build_terms(cfg, networks, params, frozen)
-            reward = reward_of(cfg, networks.build("reward", params, frozen), terms, video, batch, update)
+            reward = reward_of(cfg, networks.build("reward", params, frozen), terms, video, batch, update, untrained)
         kl, score = jnp.mean(kls), reward.score
         value = cfg.reward.weight * reward.loss + cfg.reward.kl_weight * kl_factor * kl
         count = jnp.sum(score.valid)

@@ -12,7 +12,7 @@ from rfl_jax.planning.abstract import make_plan, on_devices
 from rfl_jax.planning.search import PREDICTED
 from tests.planning.test_plan import plan
 
-A14B = ["--config=configs/wan2_2_i2v_a14b.py", "--json"]
+A14B = ["--config=configs/wan2_2_i2v_a14b.py:original", "--json"]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu")]
 
 

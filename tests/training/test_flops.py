@@ -11,6 +11,7 @@ from flax import nnx
 from rfl_jax.config import Config, KLSection, RealSection, RewardSection, WindowSection
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
+from rfl_jax.rewards.term import TermSettings
 from rfl_jax.sampling.real import trained_experts
 from rfl_jax.sampling.sampler import make_sampler
 from rfl_jax.training.flops import decoded_frames, dit_flops, dit_forward, forward_passes, int8_flops
@@ -40,6 +41,14 @@ def test_steps_that_are_not_compared_spare_the_reference(every):
     for a, b in zip(*(dit_flops(cfg, sampler, (21, 60, 60), 2) for cfg in (each, some)), strict=True):
         assert a - b == pytest.approx(2 * spared * dit_forward(A14B, 18_900).total)
     assert forward_passes(each, sampler)["dit2"] - forward_passes(some, sampler)["dit2"] == spared
+
+
+def test_the_untrained_networks_video_takes_every_step_once_more_without_gradient():
+    with_motion = {"motion": TermSettings("motion", against="untrained")}
+    real, untrained = (Config(reward=RewardSection(terms=terms)) for terms in ((), tuple(with_motion.items())))
+    sampler = make_sampler(real)
+    for a, b in zip(*(dit_flops(cfg, sampler, (21, 60, 60), 2) for cfg in (real, untrained)), strict=True):
+        assert b - a == pytest.approx(2 * 8 * dit_forward(A14B, 18_900).total)
 
 
 @pytest.mark.parametrize(("policy", "forward"), [("none", 1), ("full", 2), ("nested", 2)])

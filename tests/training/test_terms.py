@@ -21,9 +21,11 @@ from rfl_jax.reporting.collect import read_run
 from rfl_jax.reporting.page import render
 from rfl_jax.rewards.face import LOSS_WEIGHT
 from rfl_jax.rewards.term import Term, TermScore, TermSettings
+from rfl_jax.rewards.terms import find_term
 from rfl_jax.runs import RunFolder
 from rfl_jax.settings import AtLeast
 from rfl_jax.sharding import make_mesh
+from rfl_jax.training.flops import dit_flops
 from rfl_jax.training.loop import train
 from rfl_jax.training.rewarded import reward_of
 from rfl_jax.training.validation import Terms, alarm
@@ -70,18 +72,31 @@ def parsed(changes):
     return parse(config)
 
 
+class Against(Level):
+    """How much brighter than what was prepared, which is the mean of the pixels."""
+
+    def prepare(self, seen):
+        return {"mean": jnp.mean(seen.video, (1, 2, 3, 4))}
+
+    def __call__(self, seen, prepared):
+        found = super().__call__(seen, prepared)
+        return dataclasses.replace(found, score=found.score - prepared["mean"])
+
+
 @pytest.fixture(scope="module")
 def reward():
     """`reward(cfg, update, real) -> (loss, gradient by the pixels, tallies)` of two grey videos, whose second one says nothing."""
     faces = make_reward()
     video = jnp.full((2, 5, 32, 32, 3), 0.25)
 
-    def call(cfg, update=0, real=1.0):
-        terms = {name: Level(term) for name, term in cfg.other_terms.items()}
+    def call(cfg, update=0, real=1.0, untrained=None):
+        terms = {name: find_term(term.type)(term) for name, term in cfg.other_terms.items()}
         batch = {"pool": jnp.ones((2, 5, 8)), **{f"reward/{name}/real": jnp.full(2, real) for name in terms}}
+        batch |= {f"reward/{name}/mean": jnp.full(2, 0.125) for name, term in terms.items() if type(term) is Against}
 
         def total(video, update):
-            found = reward_of(cfg, faces, terms, video, batch, update)
+            before = None if untrained is None else untrained * video
+            found = reward_of(cfg, faces, terms, video, batch, update, before)
             return found.loss, found.tallies
 
         (loss, tallies), slope = jax.jit(jax.value_and_grad(total, has_aux=True))(video, jnp.int32(update))
@@ -119,6 +134,21 @@ def test_beyond_the_ceiling_a_term_has_no_gradient(reward):
     assert reward(cfg, real=0.6)[1].any()
 
 
+def test_a_term_may_compare_with_the_untrained_networks_video(reward):
+    kind = "tests.training.test_terms:Against"
+    cfg = with_terms(a={"type": kind, "against": "untrained", "every": 2}, b={"type": kind}, c={"type": LEVEL})
+    _, slope, tallies = reward(cfg, untrained=3.0)
+    assert tallies["a"] == pytest.approx((2 * 0.25 - 3 * 0.25, 1))
+    assert tallies["b"] == pytest.approx((2 * 0.25 - 0.125, 1))
+    assert tallies["c"] == (0.5, 1)
+    # What is compared with has no gradient, though it was made of the same pixels.
+    np.testing.assert_allclose(slope, reward(cfg, untrained=0.0)[1], rtol=1e-6)
+    # Its ceiling is what that video scores.
+    limited = with_terms(a={"type": kind, "against": "untrained", "ceiling": True})
+    assert not reward(limited, untrained=0.5)[1].any()
+    assert reward(limited, untrained=1.5)[1].any()
+
+
 def test_every_third_update_has_a_term_three_times_as_strong_and_the_others_do_not_run_it(reward):
     loss, slope, tallies = reward(with_terms(a={"type": LEVEL}))
     cfg = with_terms(a={"type": LEVEL, "every": 3})
@@ -133,7 +163,7 @@ def test_every_third_update_has_a_term_three_times_as_strong_and_the_others_do_n
 
 SEVERAL = {
     "face": {},
-    "motion": {"weight": 0.5},
+    "motion": {"weight": 0.5, "against": "untrained"},
     "light": {"type": "examples.own_reward:Brightness", "weight": 0.5, "every": 2},
     "level": {"type": LEVEL, "weight": 0.0},
     "sharpness": {"weight": 0.25},
@@ -160,6 +190,8 @@ def test_a_run_of_several_terms_trains_validates_and_reports_each(settings, tmp_
         assert 0 < line["reward/motion"] <= 1
         assert 0 < line["reward/sharpness"] <= 1
         assert line["reward/level"] is not None
+    # Adapters begin at zero, with what the network makes untrained.
+    assert first["reward/motion"] == 1 > second["reward/motion"]
     # In the second update it is not this term's turn.
     assert 0 < first["reward/light"] <= 1
     assert second["reward/light"] is None
@@ -269,6 +301,12 @@ def test_prepared_arrays_are_known_by_what_they_depend_on(tmp_path, monkeypatch)
         ({"reward.terms": {"face": {"weight": 0.0}}}, "config.reward.terms: expected a term with a weight above 0"),
         ({"reward.terms": {"face": {}}, "reward.ceiling": True}, "config.reward.ceiling: expected false, as each term"),
         ({"reward.terms": {"anti_copy": {}}, "reward.frames": 1}, "config.reward.frames: expected 0, as the term anti_copy"),
+        ({"reward.terms": {"face": {}, "sharpness": {"against": "untrained"}}}, "config.reward.terms: expected against real in the row sharpness"),
+        ({"reward.terms": {"motion": {"against": "base"}}}, "config.reward.terms.motion.against: expected real or untrained"),
+        (
+            {"reward.terms": {"motion": {"against": "untrained"}}, "trainable_models": "vae", "lora_base_model": ""},
+            "config.reward.terms: expected against real in every row, as no DiT trains",
+        ),
         ({"reward.terms": {"motion": {}}, "motion.weight": 0.5}, "config.motion.weight: expected 0, as reward.terms does not"),
     ],
 )  # fmt: skip
@@ -321,7 +359,7 @@ def test_a_plan_knows_what_terms_are_handed_and_what_they_take(settings):
         cfg = settings(**WINDOWS, **changes)
         return cfg, make_plan(cfg, make_mesh(dataclasses.asdict(cfg.mesh), jax.devices()[:1]))
 
-    cfg, planned = plan(**{"reward.terms": SEVERAL})
+    cfg, planned = plan(**{"reward.terms": SEVERAL | {"motion": {"weight": 0.5}}})
     batch = planned.args[2]
     assert {
         "reward/light/brightness",
@@ -338,5 +376,9 @@ def test_a_plan_knows_what_terms_are_handed_and_what_they_take(settings):
     assert without.terms == {}
     more = step_flops(cfg, planned)[0] - step_flops(bare, without)[0]
     assert more == pytest.approx(planned.samples * sum(planned.terms.values()), rel=1e-3)
+    # The untrained network's video is sampled, decoded and looked at besides.
+    against, second = plan(**{"reward.terms": SEVERAL})
+    steps = [dit_flops(x, y.sampler, y.latents, y.samples)[0] for x, y in ((cfg, planned), (against, second))]
+    assert step_flops(against, second)[0] - step_flops(cfg, planned)[0] > 1.2 * (steps[1] - steps[0]) > 0
     _, seldom = plan(**{"reward.terms": {**SEVERAL, "motion": {"every": 4}}})
     assert seldom.terms["motion"] == pytest.approx(planned.terms["motion"] / 4)
