@@ -21,6 +21,7 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
+from rfl_jax.data.pyav import fraction, open_video
 from rfl_jax.errors import UserError
 from rfl_jax.files import write_whole
 
@@ -61,7 +62,7 @@ def _open(path: Path) -> Iterator[InputContainer]:
         raise UserError(f"{path}: no such video")
     # Opened here, as libav takes "take2:a.mp4" for a protocol; and what a playlist names is not opened at all.
     options = {"protocol_whitelist": "none"}
-    with path.open("rb") as file, av.open(file, "r", options=options, metadata_errors="replace") as container:
+    with path.open("rb") as file, open_video(file, options=options) as container:
         yield container
 
 
@@ -131,7 +132,8 @@ def _upright(path: Path, stream: VideoStream, frames: Iterable[av.VideoFrame]) -
         matrix = (1, 0, 0, 0, 1, 0, 0, 0, 1) if data is None else tuple(np.frombuffer(data, np.int32).tolist())
         kind = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, matrix)
         if graph is None or kind != graph_of:
-            graph, graph_of = _upright_graph(path, frame, matrix, stream.sample_aspect_ratio or Fraction(1)), kind
+            aspect = fraction(stream.sample_aspect_ratio, unknown=Fraction(1))
+            graph, graph_of = _upright_graph(path, frame, matrix, aspect), kind
         graph.vpush(frame)
         yield _over_white(Image.fromarray(graph.vpull().to_ndarray()))
 
@@ -157,7 +159,7 @@ def _upright_graph(path: Path, frame: av.VideoFrame, matrix: Sequence[int], aspe
         "buffer",
         video_size=f"{frame.width}x{frame.height}",
         pix_fmt=frame.format.name,
-        time_base=str(frame.time_base or Fraction(1, 1000)),
+        time_base=str(fraction(frame.time_base, unknown=Fraction(1, 1000))),
         **{name: str(value) for name, value in settings.items()},
     )
     graph.link_nodes(source, *(graph.add(*each) for each in filters), graph.add("buffersink")).configure()

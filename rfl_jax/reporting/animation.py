@@ -6,6 +6,7 @@ import av
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from rfl_jax.data.pyav import open_video
 from rfl_jax.errors import UserError
 from rfl_jax.reporting.collect import Run
 
@@ -46,7 +47,7 @@ def animate(run: Run, suffix: str, *, most: int, side: int = 160, fps: int = 8) 
 
 def _frames(file: epath.Path, side: int) -> list[Image.Image]:
     try:
-        with av.open(io.BytesIO(file.read_bytes()), "r") as container:
+        with open_video(io.BytesIO(file.read_bytes())) as container:
             images = [frame.to_image() for frame in container.decode(video=0)]
     except (OSError, av.FFmpegError, IndexError) as error:
         raise UserError(f"{file}: expected a readable video ({error})") from None

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -11,6 +12,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from rfl_jax.data.pyav import fraction, open_video
 from rfl_jax.data.videos import encode_video
 from rfl_jax.errors import UserError
 from rfl_jax.files import read_json, stays_below
@@ -133,19 +135,19 @@ def _url(kind: str, content: bytes) -> str:
 
 def _smaller(content: bytes) -> bytes:
     frames = []
-    with av.open(io.BytesIO(content), "r") as container:
-        rate = container.streams.video[0].average_rate
+    with open_video(io.BytesIO(content)) as container:
+        rate = fraction(container.streams.video[0].average_rate, unknown=Fraction(16))
         for frame in container.decode(video=0):
             image = frame.to_image()
             scale = min(1.0, EMBEDDED_SIDE / max(image.size))
             size = tuple(max(2, round(side * scale) // 2 * 2) for side in image.size)
             frames.append(np.asarray(image.resize(size, Image.Resampling.LANCZOS)))
-    return encode_video(np.stack(frames), fps=round(rate or 16), crf=EMBEDDED_CRF)
+    return encode_video(np.stack(frames), fps=round(rate), crf=EMBEDDED_CRF)
 
 
 def _middle(content: bytes) -> Image.Image:
     """Frame n // 2 of n."""
-    with av.open(io.BytesIO(content), "r") as container:
+    with open_video(io.BytesIO(content)) as container:
         number = container.streams.video[0].frames // 2
         for i, frame in enumerate(container.decode(video=0)):
             if i == number:

@@ -367,6 +367,15 @@ def test_too_short_or_absent_videos_are_refused(tmp_path):
             read_clip(tmp_path / name, num_frames=81, max_pixels=480 * 480, multiple=16)
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_tags_may_be_bytes_that_are_no_text(tmp_path, suffix):
+    plain, broken = encode(tmp_path / f"plain.{suffix}", scene(6)), tmp_path / f"broken.{suffix}"
+    content = plain.read_bytes()
+    assert b"Lavf" in content  # the tag that says who made it
+    broken.write_bytes(content.replace(b"Lavf", b"\xff\xfe\x80\xc3"))
+    assert distance(decoded(broken), decoded(plain)) == 0
+
+
 # Damage.
 
 ENCODERS = {

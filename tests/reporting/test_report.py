@@ -13,6 +13,7 @@ from rfl_jax.data.videos import write_video
 from rfl_jax.errors import UserError
 from rfl_jax.evaluation.measures import MEASURES
 from rfl_jax.reporting import collect
+from rfl_jax.reporting.animation import _frames
 from rfl_jax.reporting.collect import embed, read_run
 from rfl_jax.reporting.page import render
 from rfl_jax.runs import RunFolder
@@ -358,6 +359,17 @@ def test_large_videos_are_made_smaller_for_the_page(tmp_path, monkeypatch):
     with av.open(str(small)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert np.stack(frames).shape == (9, 480, 240, 3)
+
+
+def test_videos_are_shown_whatever_bytes_their_tags_are_of(tmp_path, monkeypatch):
+    plain, broken = epath.Path(tmp_path / "plain.mp4"), epath.Path(tmp_path / "broken.mp4")
+    write_video(plain, np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), np.uint8), fps=24)
+    assert b"Lavf" in plain.read_bytes()  # the tag that says who made it
+    broken.write_bytes(plain.read_bytes().replace(b"Lavf", b"\xff\xfe\x80\xc3"))
+    assert embed(broken).poster == embed(plain).poster
+    monkeypatch.setattr(collect, "EMBEDDED_BYTES", 0)
+    assert embed(broken) == embed(plain)
+    assert _frames(broken, 64) == _frames(plain, 64)
 
 
 def test_what_is_no_run_is_refused_in_one_line(folder, tmp_path):
