@@ -38,8 +38,9 @@ def read_frames(path: Path | str) -> Iterator[Image.Image]:
     turned and mirrored by the display matrix, with square pixels (the width is what changes), between the ends of the edit
     list, over white where they are transparent.
 
-    A decoder that meets bit errors makes pictures up; no such frame is returned. VP8, VP9, motion JPEG and HEVC without
-    checksums carry nothing to notice most bit errors by.
+    A decoder that meets bit errors makes pictures up; no such frame is returned where the format can tell. By checksums it
+    always can; H.264 notices most bit errors, by what follows them; VP8, VP9, motion JPEG and HEVC without checksums carry
+    nothing to notice most of them by.
 
     Raises:
         UserError: it cannot be read, is damaged, or is turned by less than a right angle.
