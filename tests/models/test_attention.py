@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from rfl_jax.models.attention import attention, kernel_for
 from rfl_jax.remat import remat
@@ -83,11 +84,10 @@ def kernels(jaxpr):
             if any(id(x) in used for x in eqn.outvars):
                 yield eqn.params["name"]
         else:
-            for inner in jax.core.jaxprs_in_params(eqn.params):
+            for inner in jaxprs_in_params(eqn.params):
                 yield from kernels(inner)
 
 
-@pytest.mark.filterwarnings("ignore:.*jaxprs_in_params:DeprecationWarning")
 @pytest.mark.parametrize(("policy", "forward"), [("none", 1), ("full", 2), ("save_attention", 1)])
 def test_saved_attention_is_not_computed_again(policy, forward):
     q, k, v = random_heads(24, 24, 2, 16)
