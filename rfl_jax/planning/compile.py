@@ -31,7 +31,7 @@ from rfl_jax.training.flops import decoded_frames, decoded_pixels, dit_flops, fo
 # Least effort of the scheduler, which tells soon whether a program fits. A14B for v5p-8 took 100 s of a processor for 39.1 GiB
 # and 68 s an update by the compiler's cycles, as training compiles it 530 s for 43.4 GiB and 17 s: from what is scheduled so no
 # time is read, and a tenth more memory may be needed.
-LEAST = -1.0
+LEAST = "EFFORT_O0"
 MORE_MEMORY = 0.1
 
 
@@ -90,7 +90,7 @@ class Report:
 
 
 def compile_plan(
-    cfg: Config, plan: Plan, *, least: int = 0, effort: float | None = LEAST, predicting: bool = False
+    cfg: Config, plan: Plan, *, least: int = 0, effort: str | None = LEAST, predicting: bool = False
 ) -> Report:
     """Compiles the step of training, and the program before it where there is one.
 
@@ -98,7 +98,7 @@ def compile_plan(
         cfg: of the plan.
         plan: what is compiled.
         least: bytes a device is known to need; nothing is compiled where it has less.
-        effort: of the compiler for TPUs, -1 to 1; None: as training compiles.
+        effort: of the compiler for TPUs, EFFORT_O0 to EFFORT_O3; None: as training compiles.
         predicting: tell the time of an update, compiled with this effort. For TPUs whose clock is known.
     """
     mesh = plan.mesh
@@ -120,7 +120,7 @@ def compile_plan(
         for program, args in programs:
             kept = nullcontext() if device in jax.devices() else not_kept()
             with waiting(f"compile for {plan.samples} samples and the policy {cfg.policy}"), jax.set_mesh(mesh), kept:
-                options: Any = {"exec_time_optimization_effort": effort} if tpu and effort is not None else None
+                options: Any = {"xla_optimization_level": effort} if tpu and effort is not None else None
                 compiled = program.lower(*args).compile(compiler_options=options)
             memory = compiled.memory_analysis()
             # A program is not handed what it does not use, which is there nevertheless.
