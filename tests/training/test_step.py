@@ -68,7 +68,7 @@ def cosine(a, b):
 def test_every_mesh_gives_the_gradients_of_one_device(settings, tmp_path):
     # The other pre-processing rounds pixels to 8 bits before detection: a rounding error that turns one of them moves
     # the detected points, and the gradient by 1e-3. The seed is one at which nothing else turns so.
-    smooth = {"seed": 3, "reward.compat": "roll", "num_inference_steps": 4, "mid_timestep": 2, "final_timestep": 3}
+    smooth = {"seed": 4, "reward.compat": "roll", "num_inference_steps": 4, "mid_timestep": 2, "final_timestep": 3}
     one = settings(**smooth, train_batch_size=8, per_device_train_batch_size=8)
     want_loss, want_score, want = gradients(open_run(one, tmp_path))
     want = snapshot(want)
