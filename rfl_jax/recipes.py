@@ -19,16 +19,20 @@ def guarded(config: ConfigDict) -> ConfigDict:
     holds still; two more terms ask for motion and change, so strongly that less of the KL will do. Gradient through one random
     step has more variance, which a falling rate and an average of the weights take away.
     """
-    config.reward.terms = {
+    terms = {
         "face": {"weight": 1.0},
         "motion": {"weight": 0.7, "against": "untrained"},
         "anti_copy": {"weight": 0.7, "against": "untrained"},
     }
-    config.reward.kl_weight = 0.5
-    config.window.mode = "random"
-    config.window.steps = 1
-    config.ema.decay = 0.9
-    config.lr_scheduler_type = "cosine"
+    config.update_from_flattened_dict(
+        {
+            "reward.terms": terms,
+            "reward.kl_weight": 0.5,
+            "window.mode": "random",
+            "window.steps": 1,
+            "ema.decay": 0.9,
+        }
+    )
     return config
 
 
