@@ -22,12 +22,13 @@ from etils import epath
 from tqdm import tqdm
 
 from convert import adapters, origin, store, verify
+from convert.clip_tokenizer import TOKENIZER, find_tokenizer, read_tokenizer
 from convert.licence import licence_of
 from convert.lora import EXPERT_OPTIONS, parse_strength
 from rfl_jax.chips import answer_libtpu
 from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.fetch import fetch
-from rfl_jax.files import is_remote
+from rfl_jax.files import is_remote, write_whole
 from rfl_jax.terminal import command_line, tell_next
 
 INTERRUPTED = 130
@@ -55,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
             continue
         one.add_argument("--dtype", choices=store.CAST_TO, help="default: as in the source, bfloat16 for 8-bit weights")
         one.add_argument("--verify", action="store_true", help="compare with ONNX Runtime, or with diffusers")
+        if kind == "clip":
+            one.add_argument(
+                "--tokenizer", default="", metavar="PATH",
+                help="tokenizer.json, or a folder with it or with vocab.json and merges.txt; default: beside the weights",
+            )  # fmt: skip
         if kind == "dit":
             one.add_argument(
                 "--lora", nargs="+", default=[], metavar="FILE[:STRENGTH]", help="adapters to merge into the weights"
@@ -115,7 +121,9 @@ def _convert(args: argparse.Namespace) -> None:
         args.command, files, dtype=args.dtype, loras=merged, expert=EXPERT_OPTIONS.get(expert, ""), **_hints(args.set)
     )
     print(cfg)
-    licence = licence_of(files[0]) if args.command in store.ONNX else ""
+    licensed = files if args.command in (*store.ONNX, "clip") else []
+    licence = "; ".join(dict.fromkeys(licence_of(file) for file in licensed))
+    tokenizer = _read_tokenizer(args, files, cfg.vocab) if args.command == "clip" else ""
     if licence:
         print(f"licence: {licence}")
     described = origin.of_sources(args.src, files, args.dtype, loras=named, expert=expert, licence=licence)
@@ -124,6 +132,8 @@ def _convert(args: argparse.Namespace) -> None:
     with tqdm(total=total, unit="B", unit_scale=True, desc=args.dst, disable=None) as bar:
         try:
             store.save(args.dst, args.command, cfg, arrays, origin=described, progress=bar.update)
+            if tokenizer:
+                write_whole(epath.Path(args.dst) / TOKENIZER, tokenizer)
         except BaseException:
             _remove_unfinished(args.dst)
             raise
@@ -134,6 +144,16 @@ def _convert(args: argparse.Namespace) -> None:
             print(line)
     print(f"{args.dst}: {len(arrays)} arrays, {store.count(arrays):,} parameters")
     tell_next(command_line("convert", ["inspect", args.dst]))
+
+
+def _read_tokenizer(args: argparse.Namespace, files: list[str], vocab: int) -> str:
+    """The tokenizer that `--tokenizer` names, else one beside the weights; empty where there is none, which is told."""
+    named = args.tokenizer and fetch(args.tokenizer)[0]
+    found = named or find_tokenizer(files)
+    if found:
+        return read_tokenizer(Path(found), vocab)
+    print("no tokenizer beside the weights: terms that read prompts need one, --tokenizer names it")
+    return ""
 
 
 def _interrupted(*_: Any) -> NoReturn:

@@ -92,8 +92,10 @@ class Component(Network[C, M]):
         namings: key tables by name.
         naming: picks a table from the source's keys.
         infer_config: sizes from the source's shapes and hints.
-        hint_kinds: fields of a config.json or `--set` that this component reads: whole numbers (int), numbers (float) or
-            lists of numbers (list).
+        hint_kinds: fields of a config.json or `--set` that this component reads: whole numbers (int), numbers (float), lists of
+            numbers (list), or true and false (bool).
+        read_sidecar: those fields of a config.json's content.
+        checkpoint: what the source is opened as.
     """
 
     name: str
@@ -101,6 +103,8 @@ class Component(Network[C, M]):
     naming: Callable[[Shapes], str]
     infer_config: Callable[[Shapes, dict], C]
     hint_kinds: Mapping[str, type] = dataclasses.field(default_factory=dict)
+    read_sidecar: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    checkpoint: type[Checkpoint] = Checkpoint
 
     def convert(
         self,
@@ -129,8 +133,9 @@ class Component(Network[C, M]):
                 f"{unknown[0]}: not a setting of {self.name}, expected one of {', '.join(self.hint_kinds) or 'none'}"
             )
         paths = [Path(source) for source in sources]
-        sizes = self._checked(sidecar_of(paths[0]), sidecar(paths[0])) | self._checked("--set", hints)
-        checkpoint = Checkpoint(paths)
+        told = self.read_sidecar(sidecar(paths[0]))
+        sizes = self._checked(sidecar_of(paths[0]), told) | self._checked("--set", hints)
+        checkpoint = self.checkpoint(paths)
         try:
             rules = self.namings[self.naming(checkpoint.shapes)]
             cfg = self.infer_config(checkpoint.shapes, sizes)
@@ -150,6 +155,10 @@ class Component(Network[C, M]):
         found = {name: values[name] for name in self.hint_kinds if values.get(name) is not None}
         for name, value in found.items():
             kind = self.hint_kinds[name]
+            if kind is bool:
+                if type(value) is not bool:
+                    raise UserError(f"{where}: {name}={value!r}, expected True or False")
+                continue
             numbers = value if kind is list and isinstance(value, list | tuple) else [value]
             whole = kind is int
             if (kind is list and numbers is not value) or not all(

@@ -1,4 +1,4 @@
-"""Whose a face network's weights are, and what their publisher lets one do with them.
+"""Whose the weights of a face network or of a CLIP are, and what their publisher lets one do with them.
 
 By content where it is a published file's, which the SHA-256 tells under any name; else by the names of file and folder. A
 file that two publishers give under different terms stands under the stricter.
@@ -19,7 +19,10 @@ _INSIGHTFACE = "non-commercial research only (insightface's README)"
 _FAL = "Apache-2.0, meant for commercial use too (fal's model card)"
 _OURS = "Apache-2.0 (NOTICE)"
 
+_PREDICTOR = "the aesthetic predictor's head: Apache-2.0 (christophschuhmann/improved-aesthetic-predictor's LICENSE)"
+
 _BY_CONTENT = {
+    "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0": _PREDICTOR,
     "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf": f"antelopev2's embedder: {_INSIGHTFACE}",
     "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43": (
         f"buffalo_l's and buffalo_m's embedder: {_INSIGHTFACE}"
@@ -47,19 +50,31 @@ _BY_FOLDER = {
     r"antelope": f"antelopev2's embedder by its folder's name: {_INSIGHTFACE}",
     r"auraface": f"AuraFace-v1's embedder by its folder's name: {_FAL}",
 }
+# Of CLIPs, in the name of the file or of the nearest folder that has any of these: the hub's folders have the publisher's too.
+_BY_PART = {
+    r"sac\+logos\+ava1-l14-linearMSE": _PREDICTOR,
+    r"HPS_v2|HPSv2": "HPS v2 by its name: Apache-2.0 (its model card)",
+    r"PickScore": "PickScore by its name: its code is MIT, its model card names no licence of the weights, ask its publisher",
+    r"CLIP-ViT-H-14-laion2B": "LAION's CLIP by its name: MIT (its model card, which calls deployment out of scope)",
+    r"openai.*clip-vit|^clip-vit-large-patch14|^ViT-L-14\.": (
+        "OpenAI's CLIP by its name: MIT (openai/CLIP's LICENSE; its model card calls deployment out of scope)"
+    ),
+}
 
 
 def licence_of(weights: str) -> str:
-    """One line on a face network's weights: whose they are and their licence; `UNKNOWN` where nothing tells.
+    """One line on the weights of a face network or of a CLIP: whose they are and their licence; `UNKNOWN` where nothing tells.
 
     Args:
-        weights: an ONNX file, or the folder of what was converted, which remembers its source's.
+        weights: a file, a folder with one, or the folder of what was converted, which remembers its source's.
 
     Raises:
         UserError: they cannot be read.
     """
     if store.is_converted(weights):
         return store.read_description(weights)["origin"].get("licence", UNKNOWN)
+    if epath.Path(weights).is_dir():
+        return _by_name(Path(weights))
     digest = content_of(epath.Path(weights)).removeprefix("sha256:")
     return _BY_CONTENT.get(digest) or _by_name(Path(weights))
 
@@ -72,4 +87,8 @@ def _by_name(file: Path) -> str:
             for pattern, line in _BY_FOLDER.items():
                 if re.search(pattern, folder.name, re.IGNORECASE):
                     return line
+    for part in (file.absolute(), *file.absolute().parents):
+        for pattern, line in _BY_PART.items():
+            if re.search(pattern, part.name):
+                return line
     return UNKNOWN

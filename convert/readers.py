@@ -47,9 +47,10 @@ PREFIXES = ("model.", "diffusion_model.", "module.", "pipe.", "dit.", "transform
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Names of an 8-bit weight's scale, in place of its "weight".
 SCALES = ("scale_weight", "weight_scale")
-# Last parts of keys that are no weights: what else comes with 8-bit weights, a tokenizer, counters of a training.
+# Last parts of keys that are no weights: what else comes with 8-bit weights, a tokenizer, the numbers of positions, counters of a
+# training.
 NOT_WEIGHTS = {
-    *("scale_input", "input_scale", "scaled_fp8", "comfy_quant", "spiece_model"),
+    *("scale_input", "input_scale", "scaled_fp8", "comfy_quant", "spiece_model", "position_ids"),
     *("epoch", "step", "global_step", "iteration", "iterations", "num_updates", "n_averaged", "decay"),
 }
 # Where a pickle keeps the state dict, if not at its top.

@@ -14,11 +14,12 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Sharding
 
-from convert import arcface, dit, scrfd, umt5, vae
+from convert import arcface, clip, dit, scrfd, umt5, vae
 from convert.mapping import LazyArray, whole
 from convert.streaming import failures_once, streaming_handler
 from rfl_jax.errors import UserError, refuse_damage
 from rfl_jax.files import absolute, array_handler
+from rfl_jax.models.clip import CLIPConfig
 from rfl_jax.models.lora import LoraConfig
 from rfl_jax.models.umt5 import UMT5Config
 from rfl_jax.models.wan.config import DiTConfig, VAEConfig
@@ -27,12 +28,14 @@ from rfl_jax.rewards.arcface import IResNetConfig
 from rfl_jax.rewards.mobilefacenet import BottleneckSpec, ConvPReLUSpec, MobileFaceNetConfig
 from rfl_jax.rewards.scrfd import BlockSpec, ConvSpec, PoolSpec, SCRFDConfig
 
-SAFETENSORS = {"dit": dit.COMPONENT, "vae": vae.COMPONENT, "umt5": umt5.COMPONENT}
+SAFETENSORS = {"dit": dit.COMPONENT, "vae": vae.COMPONENT, "umt5": umt5.COMPONENT, "clip": clip.COMPONENT}
 ONNX = {"arcface": arcface.COMPONENT, "scrfd": scrfd.COMPONENT}
 KINDS = (*SAFETENSORS, *ONNX)
 WRITTEN = "expected weights written by python -m convert"
 CAST_TO = ("float32", "bfloat16", "float16")  # dtypes that weights can be cast to
-CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "arcface": IResNetConfig, "lora": LoraConfig}
+CONFIGS = {
+    "dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "clip": CLIPConfig, "arcface": IResNetConfig, "lora": LoraConfig,
+}  # fmt: skip
 LAYERS = {kind.__name__: kind for kind in (ConvSpec, PoolSpec, BlockSpec, ConvPReLUSpec, BottleneckSpec)}
 
 

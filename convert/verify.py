@@ -14,11 +14,13 @@ from convert import store
 from convert.export import entries
 from convert.readers import Checkpoint
 from rfl_jax.errors import UserError
+from rfl_jax.models.clip import CLIPConfig
 from rfl_jax.rewards.arcface import CROP
+from rfl_jax.rewards.embedder import unit
 
 DETECTOR_SIZE = 320  # used where the graph leaves its input size free
 # Which libraries hold the reference, beside torch.
-REFERENCES = {"dit": "diffusers", "vae": "diffusers", "umt5": "transformers"}
+REFERENCES = {"dit": "diffusers", "vae": "diffusers", "umt5": "transformers", "clip": "transformers"}
 
 
 def check_possible(kind: str, loras: Sequence[Any]) -> None:
@@ -172,4 +174,51 @@ def _umt5(files: Sequence[str], model: Any, rng: np.random.Generator) -> Outputs
     return {"features": (jax.jit(model)(ids, mask), want)}
 
 
-_REFERENCES = {"dit": _dit, "vae": _vae, "umt5": _umt5}
+def _clip(files: Sequence[str], model: Any, rng: np.random.Generator) -> Outputs:
+    import torch
+    from transformers import CLIPModel
+
+    cfg = model.cfg
+    theirs = CLIPModel(clip_config(cfg)).eval()
+
+    def rename(state: dict[str, Any]) -> dict[str, Any]:
+        # No library that is asked for knows open_clip's names: ours are used.
+        del state
+        component = store.SAFETENSORS["clip"]
+        told = {"quick_gelu": cfg.quick_gelu, "vision_heads": cfg.vision_heads, "text_heads": cfg.text_heads}
+        _, arrays = component.convert(list(files), dtype="float32", **told)
+        named = entries(arrays, component.namings["transformers"])
+        return {entry.key: torch.from_numpy(entry.read()) for entry in named}
+
+    state = _state(files, "visual.proj", rename)
+    theirs.load_state_dict({key: x for key, x in state.items() if not key.startswith("layers.")}, strict=True)
+    images = rng.normal(size=(1, cfg.image_size, cfg.image_size, 3)).astype(np.float32)
+    ids = rng.integers(0, cfg.vocab - 1, (1, cfg.text_len))
+    ids[:, -1] = cfg.vocab - 1
+    with torch.no_grad():
+        out: Any = theirs(torch.from_numpy(ids), torch.from_numpy(np.moveaxis(images, -1, 1).copy()))
+    return {
+        "image": (unit(jax.jit(model.vision)(images)), out.image_embeds.numpy()),
+        "text": (unit(jax.jit(model.text)(ids)), out.text_embeds.numpy()),
+    }
+
+
+def clip_config(cfg: CLIPConfig) -> Any:
+    """The same sizes as transformers' configuration."""
+    from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+
+    both = {"hidden_act": "quick_gelu" if cfg.quick_gelu else "gelu", "layer_norm_eps": cfg.eps}
+    text = CLIPTextConfig(
+        vocab_size=cfg.vocab, hidden_size=cfg.text_dim, intermediate_size=cfg.text_ffn, projection_dim=cfg.projection,
+        num_hidden_layers=cfg.text_layers, num_attention_heads=cfg.text_heads, max_position_embeddings=cfg.text_len,
+        bos_token_id=cfg.vocab - 2, eos_token_id=cfg.vocab - 1, **both,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=cfg.vision_dim, intermediate_size=cfg.vision_ffn, projection_dim=cfg.projection,
+        num_hidden_layers=cfg.vision_layers, num_attention_heads=cfg.vision_heads,
+        image_size=cfg.image_size, patch_size=cfg.patch, **both,
+    )  # fmt: skip
+    return CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=cfg.projection)
+
+
+_REFERENCES = {"dit": _dit, "vae": _vae, "umt5": _umt5, "clip": _clip}
