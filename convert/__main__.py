@@ -29,6 +29,7 @@ from rfl_jax.chips import answer_libtpu
 from rfl_jax.errors import ArgumentParser, UserError, refuse_in_one_line
 from rfl_jax.fetch import fetch
 from rfl_jax.files import is_remote, write_whole
+from rfl_jax.models.clip import CLIPConfig
 from rfl_jax.terminal import command_line, tell_next
 
 INTERRUPTED = 130
@@ -123,7 +124,7 @@ def _convert(args: argparse.Namespace) -> None:
     print(cfg)
     licensed = files if args.command in (*store.ONNX, "clip") else []
     licence = "; ".join(dict.fromkeys(licence_of(file) for file in licensed))
-    tokenizer = _read_tokenizer(args, files, cfg.vocab) if args.command == "clip" else ""
+    tokenizer = _read_tokenizer(args, files, cfg) if args.command == "clip" else ""
     if licence:
         print(f"licence: {licence}")
     described = origin.of_sources(args.src, files, args.dtype, loras=named, expert=expert, licence=licence)
@@ -146,12 +147,12 @@ def _convert(args: argparse.Namespace) -> None:
     tell_next(command_line("convert", ["inspect", args.dst]))
 
 
-def _read_tokenizer(args: argparse.Namespace, files: list[str], vocab: int) -> str:
+def _read_tokenizer(args: argparse.Namespace, files: list[str], cfg: CLIPConfig) -> str:
     """The tokenizer that `--tokenizer` names, else one beside the weights; empty where there is none, which is told."""
     named = args.tokenizer and fetch(args.tokenizer)[0]
     found = named or find_tokenizer(files)
     if found:
-        return read_tokenizer(Path(found), vocab)
+        return read_tokenizer(Path(found), cfg.vocab, cfg.text_len)
     print("no tokenizer beside the weights: terms that read prompts need one, --tokenizer names it")
     return ""
 

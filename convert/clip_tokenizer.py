@@ -15,12 +15,13 @@ TOKENIZER = "tokenizer.json"
 PAIRS = ("vocab.json", "merges.txt")
 
 
-def read_tokenizer(source: Path, vocab: int) -> str:
-    """The text of a `tokenizer.json`, whose end marker is the last of `vocab` tokens.
+def read_tokenizer(source: Path, vocab: int, length: int) -> str:
+    """The text of a `tokenizer.json` that gives texts of one length.
 
     Args:
         source: a tokenizer.json; or a folder with one, or with vocab.json and merges.txt.
-        vocab: tokens that the network knows.
+        vocab: tokens that the network knows, of which the end marker is the last.
+        length: tokens that texts are cut and, with end markers, filled up to.
 
     Raises:
         UserError: no such files, or not CLIP's tokenizer.
@@ -41,8 +42,8 @@ def read_tokenizer(source: Path, vocab: int) -> str:
         raise UserError(
             f"{source}: expected CLIP's tokenizer, which ends texts with {END}, the last of {vocab:,} tokens"
         )
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=vocab - 1, pad_token=END)
     return tokenizer.to_str()
 
 

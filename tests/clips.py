@@ -5,10 +5,11 @@ import json
 import numpy as np
 from safetensors.numpy import save_file
 
+from convert import store
+from convert.clip_tokenizer import read_tokenizer
 from convert.verify import clip_config
 from rfl_jax.models.clip import CLIPConfig
 
-WORDS = ("a", "b", "person", "p", "e", "r", "s", "o", "n")
 SMALL = CLIPConfig(
     image_size=28, patch=7, vision_dim=24, vision_ffn=40, vision_heads=3, vision_layers=2,
     vocab=24, text_len=8, text_dim=16, text_ffn=32, text_heads=2, text_layers=2, projection=12, quick_gelu=True,
@@ -119,6 +120,17 @@ def publish(folder, state, cfg=SMALL):
     tokenizer_files(folder)
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config_json(cfg)))
+
+
+def converted_clip(folder, seed=0):
+    """The folder of a converted network with head and tokenizer, written below another one."""
+    publish(folder / "source", random_state(seed=seed))
+    save_file(random_head(), folder / "head.safetensors")
+    cfg, arrays = store.convert("clip", [str(folder / "source"), str(folder / "head.safetensors")])
+    store.save(str(folder / "converted"), "clip", cfg, arrays)
+    text = read_tokenizer(folder / "source", cfg.vocab, cfg.text_len)
+    (folder / "converted" / "tokenizer.json").write_text(text)
+    return folder / "converted"
 
 
 def torch_clip(state, cfg=SMALL):

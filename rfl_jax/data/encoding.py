@@ -19,7 +19,7 @@ from rfl_jax.models.wan.vae import VAE
 from rfl_jax.networks.check import check_trainable
 from rfl_jax.networks.faces import open_judge, open_reward
 from rfl_jax.networks.table import open_network
-from rfl_jax.networks.terms import open_terms
+from rfl_jax.networks.terms import open_terms, term_tokens
 from rfl_jax.rewards.face import FaceReward
 from rfl_jax.rewards.motion import copying, motion
 from rfl_jax.rewards.term import prepare_term
@@ -73,16 +73,17 @@ class ClipEncoder:
         with waiting("compile the encoding of whole clips", show=first and is_writer()):
             return {name: np.asarray(x) for name, x in self._encode_real(video, tuple(names)).items()}
 
-    def encode_terms(self, video: np.ndarray, clip: Mapping[str, np.ndarray]) -> dict[str, ClipArrays]:
+    def encode_terms(self, video: np.ndarray, prompt: str, clip: Mapping[str, np.ndarray]) -> dict[str, ClipArrays]:
         """What the terms of the reward besides the face's keep of a clip, by term.
 
         Args:
             video: [t, h, w, 3] in [-1, 1].
+            prompt: caption.
             clip: its arrays, of which terms take some.
         """
         first = "_encode_terms" not in vars(self)
         with waiting("compile the terms of the reward", show=first and is_writer()):
-            encoded = self._encode_terms(video, {"pool": clip["pool"]})
+            encoded = self._encode_terms(video, {"pool": clip["pool"]}, term_tokens(self.cfg, prompt))
         return {name: {key: np.asarray(x) for key, x in arrays.items()} for name, arrays in encoded.items()}
 
     def encode_people(self, video: np.ndarray) -> ClipArrays:
@@ -163,16 +164,21 @@ class ClipEncoder:
         return functools.partial(encode, weights)
 
     @functools.cached_property
-    def _encode_terms(self) -> Callable[[np.ndarray, ClipArrays], dict[str, dict[str, jax.Array]]]:
+    def _encode_terms(
+        self,
+    ) -> Callable[[np.ndarray, ClipArrays, dict[str, ClipArrays]], dict[str, dict[str, jax.Array]]]:
         names = list(self.cfg.other_terms)
-        graph, weights = nnx.split({"reward": self._reward, "terms": open_terms(self.cfg)})
+        graph, weights = nnx.split({"reward": self._reward, "terms": open_terms(self.cfg, "prepare")})
 
         @jax.jit
-        def encode(weights: nnx.State, video: jax.Array, clip: dict[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
+        def encode(
+            weights: nnx.State, video: jax.Array, clip: dict[str, jax.Array], tokens: dict[str, dict[str, jax.Array]]
+        ) -> dict[str, dict[str, jax.Array]]:
             networks = nnx.merge(graph, weights)
+            terms = dict(zip(names, networks["terms"], strict=True))
             seen = networks["reward"].see(video[None])
-            batch = {name: x[None] for name, x in clip.items()}
-            prepared = {n: prepare_term(term, seen, batch) for n, term in zip(names, networks["terms"], strict=True)}
+            batch, tokens = jax.tree.map(lambda x: x[None], (clip, tokens))
+            prepared = {name: prepare_term(term, seen, batch, tokens[name]) for name, term in terms.items()}
             return jax.tree.map(lambda x: x[0], prepared)
 
         return functools.partial(encode, weights)

@@ -110,7 +110,7 @@ def _prepare(
     if missing_people:
         write_arrays(prepared.people_file, encoder.encode_people(video))
     if missing_terms:
-        arrays = encoder.encode_terms(video, prepared.load(("pool",)))
+        arrays = encoder.encode_terms(video, clip.prompt, prepared.load(("pool",)))
         for name, key in missing_terms.items():
             write_arrays(prepared.term_file(key), arrays[name])
     return prepared.file.name

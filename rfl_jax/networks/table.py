@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from convert import store
 from rfl_jax.config import Config
 from rfl_jax.models.attention import kernel_for
+from rfl_jax.models.clip import VIT_H_14
 from rfl_jax.models.quantize import quantize
 from rfl_jax.models.umt5 import UMT5Config
 from rfl_jax.models.wan.config import DIT_PRESETS, vae_preset
@@ -98,6 +99,11 @@ NETWORKS: Mapping[str, Network] = {
         lambda _: UMT5Config(256384, 4096, 4096, 10240, num_heads=64, num_layers=24),
         _kept_in_full("text_encoder"),
         lambda cfg, *_: {"dtype": jnp.dtype(cfg.dtype)},
+    ),
+    # Of terms of the reward.
+    "clip": Network(
+        "clip", "reward", "float32", lambda _: VIT_H_14,
+        lambda cfg, _: cfg.dtype, lambda cfg, *_: {"dtype": jnp.dtype(cfg.dtype)},
     ),
     "detector": _onnx("scrfd", family("10g")),
     "embedder": _onnx("arcface", IResNetConfig()),

@@ -20,7 +20,8 @@ from rfl_jax.networks.check import check_trainable
 from rfl_jax.networks.faces import detector_file, embedder_file
 from rfl_jax.networks.parts import Frozen, Networks, States, frozen_places, split_networks
 from rfl_jax.networks.table import REWARD, TERMS, abstract_network, describe
-from rfl_jax.networks.terms import build_terms, open_terms, prepared_for, term_arrays
+from rfl_jax.networks.terms import abstract_terms, build_terms, prepared_for, term_arrays, term_tokens
+from rfl_jax.planning.operations import count_flops
 from rfl_jax.rewards.embedder import EmbedderConfig
 from rfl_jax.rewards.face import FaceReward, Seen
 from rfl_jax.rewards.people import PEOPLE
@@ -107,7 +108,7 @@ def abstract_networks(
         for name in (*modules_of_step(experts, cfg), "detector", "embedder")
     }
     if cfg.other_terms:
-        modules[TERMS] = open_terms(cfg)
+        modules[TERMS] = abstract_terms(cfg, "train", platform)
     graphs, states = {}, {}
     for name, module in modules.items():
         graphs[name], states[name] = nnx.split(module)
@@ -143,7 +144,8 @@ def make_plan(cfg: Config, mesh: Mesh) -> Plan:
     time, rows, columns = vae.stride
     latents = ((frames - 1) // time + 1, height // rows, width // columns)
     batch = _batch(cfg, sampler, mesh, latents, pool=(frames, embedder.embedding))
-    terms = _Terms(cfg, networks, frozen, (frames, height, width), embedder.embedding)
+    platform = mesh.devices.flat[0].platform
+    terms = _Terms(cfg, networks, frozen, (frames, height, width), embedder.embedding, platform)
     batch |= {name: _of_samples(cfg, mesh, *x.shape[1:], dtype=x.dtype) for name, x in terms.arrays.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
@@ -180,10 +182,17 @@ class _Terms:
         networks, frozen: of the step.
         size: frames, height and width of a real clip.
         embedding: of a face.
+        platform: of the devices.
     """
 
     def __init__(
-        self, cfg: Config, networks: Networks, frozen: Frozen, size: tuple[int, int, int], embedding: int
+        self,
+        cfg: Config,
+        networks: Networks,
+        frozen: Frozen,
+        size: tuple[int, int, int],
+        embedding: int,
+        platform: str,
     ) -> None:
         self._cfg = cfg
         self._networks = networks
@@ -193,19 +202,21 @@ class _Terms:
         )
         self._size = size
         self._pool = jax.ShapeDtypeStruct((1, size[0], embedding), jnp.float32)
-        self.arrays = jax.eval_shape(self._prepared, self._frozen, self._video(size[0]), self._pool)
+        # With all that training drops.
+        self._preparing, weights = nnx.split(abstract_terms(cfg, "prepare", platform))
+        self.arrays = jax.eval_shape(self._prepared, self._frozen, weights, self._video(size[0]), self._pool)
 
     def _video(self, frames: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, frames, *self._size[1:], 3), jnp.float32)
 
-    def _prepared(self, frozen: Frozen, video: jax.Array, pool: jax.Array) -> dict[str, jax.Array]:
+    def _prepared(self, frozen: Frozen, weights: nnx.State, video: jax.Array, pool: jax.Array) -> dict[str, jax.Array]:
         """Their arrays in a batch."""
         found = {}
-        if terms := build_terms(self._cfg, self._networks, {}, frozen):
-            seen = self._networks.build(REWARD, {}, frozen).see(video)
-            for name, term in terms.items():
-                arrays = prepare_term(term, seen, {"pool": pool})
-                found |= {f"{term_arrays(name)}{key}": x for key, x in arrays.items()}
+        seen = self._networks.build(REWARD, {}, frozen).see(video)
+        tokens = jax.tree.map(lambda x: jnp.asarray(x)[None], term_tokens(self._cfg, ""))
+        for name, term in zip(self._cfg.other_terms, nnx.merge(self._preparing, weights), strict=True):
+            arrays = prepare_term(term, seen, {"pool": pool}, tokens[name])
+            found |= {f"{term_arrays(name)}{key}": x for key, x in arrays.items()}
         return found
 
     def flops(self, frames: int) -> dict[str, float]:
@@ -228,8 +239,7 @@ class _Terms:
         found = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
         batch = {**self.arrays, "pool": self._pool}
         program = jax.value_and_grad(score, 1) if self._cfg.terms[name].weight else score
-        cost = jax.jit(program).lower(self._frozen, self._video(frames), batch, found).cost_analysis()
-        return float((cost or {}).get("flops", 0.0))
+        return count_flops(program, self._frozen, self._video(frames), batch, found)
 
 
 def _of_samples(cfg: Config, mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rfl_jax.rewards.align import align, similarity
 from rfl_jax.rewards.detect import Faces, areas, detect, largest, largest_of
@@ -187,17 +188,19 @@ class FaceReward(nnx.Module):
             known["judge_people_pool"] = judge.embed_all(frames, crowd)
         return {name: of_people(x[None], face)[0].swapaxes(0, 1) for name, x in known.items()}
 
-    def see(self, video: Float[Array, "b t h w 3"]) -> "Seen":
-        """Decoded videos, clamped here to [-1, 1], and the largest face of each frame."""
+    def see(self, video: Float[Array, "b t h w 3"], key: Array | None = None) -> "Seen":
+        """Decoded videos, clamped here to [-1, 1], and the largest face of each frame.
+
+        Args:
+            video: decoded.
+            key: what terms that look at some frames draw them by; evenly spaced ones without it.
+        """
         b, t = video.shape[:2]
-        # Frames are spread over the mesh; black ones, which have no face, fill up what it does not divide.
-        extra = -t % context_shards()
-        video = jnp.pad(jnp.clip(video, -1, 1), ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)), constant_values=-1)
-        frames = pin_frames(pin_tokens(video).reshape(-1, *video.shape[2:]))
+        frames = _spread(jnp.clip(video, -1, 1))
         if self.cfg.people == "largest":
-            return Seen(self, frames, self.find(frames), b, t)
+            return Seen(self, frames, self.find(frames), b, t, key=key)
         crowd = self.find_all(frames)
-        return Seen(self, frames, (crowd.kps[:, 0], crowd.boxes[:, 0], crowd.there[:, 0]), b, t, crowd)
+        return Seen(self, frames, (crowd.kps[:, 0], crowd.boxes[:, 0], crowd.there[:, 0]), b, t, crowd, key)
 
     def score(self, seen: "Seen", clip: Mapping[str, Array]) -> Score:
         """Score of what was seen against what was prepared of the real clips: "pool", and where all people count "people_pool" and
@@ -231,6 +234,13 @@ class FaceReward(nnx.Module):
         return self.compare(self.see(video), pool)
 
 
+def _spread(video: Float[Array, "b t h w 3"]) -> Float[Array, "n h w 3"]:
+    """The frames of videos, spread over the mesh; black ones, which have no face, fill up what it does not divide."""
+    extra = -video.shape[1] % context_shards()
+    video = jnp.pad(video, ((0, 0), (0, extra), (0, 0), (0, 0), (0, 0)), constant_values=-1)
+    return pin_frames(pin_tokens(video).reshape(-1, *video.shape[2:]))
+
+
 @dataclasses.dataclass
 class Seen:
     """Videos and what the face networks make of them. Each thing is computed once, however many terms of a reward ask for it;
@@ -242,6 +252,7 @@ class Seen:
         found: points, box and whether there is one, of the largest face of each; without gradient.
         count, length: videos, and frames of each.
         several: the largest faces of each frame, where all people count.
+        key: of the update, see `drawn`; None where nothing is trained.
     """
 
     faces: FaceReward
@@ -250,18 +261,39 @@ class Seen:
     count: int
     length: int
     several: Crowd | None = None
+    key: Array | None = None
 
     def at(self, frames: Float[Array, "n h w 3"]) -> "Seen":
         """The same faces in other frames, of which everything else is computed anew: those to differentiate by."""
-        return Seen(self.faces, frames, self.found, self.count, self.length, self.several)
+        return dataclasses.replace(self, frames=frames)
 
     def by(self, faces: FaceReward) -> "Seen":
         """The same faces in the same frames, as other networks embed them."""
         return dataclasses.replace(self, faces=faces)
 
-    def each(self, network: Callable[[Float[Array, "n h w 3"]], Array]) -> Array:
-        """What a network makes of every frame [b, t, ...], spread over the mesh as the frames are."""
-        return self._of_videos(network(self.frames))
+    def each(
+        self, network: Callable[[Float[Array, "n h w 3"]], Array], which: Int[Array | np.ndarray, " k"] | None = None
+    ) -> Array:
+        """What a network makes of every frame [b, t, ...], spread over the mesh as the frames are; or of some.
+
+        Args:
+            network: of any number of frames.
+            which: numbers of frames, the same of every video; the result is then [b, k, ...].
+        """
+        if which is None:
+            return self._of_videos(network(self.frames))
+        found = network(_spread(self.video[:, jnp.asarray(which)]))
+        return found.reshape(self.count, -1, *found.shape[1:])[:, : len(which)]
+
+    def drawn(self, count: int) -> Int[Array | np.ndarray, " k"]:
+        """Numbers of so many frames in rising order, all of them where there are fewer: by the key each frame as likely as any
+        other, without it the middles of as many equal parts.
+        """
+        if count >= self.length:
+            return np.arange(self.length)
+        if self.key is None:
+            return np.array([int((i + 0.5) * self.length / count) for i in range(count)])
+        return jnp.sort(jax.random.choice(self.key, self.length, (count,), replace=False))
 
     def _of_videos(self, x: Array) -> Array:
         return x.reshape(self.count, -1, *x.shape[1:])[:, : self.length]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
@@ -57,11 +58,16 @@ jax.tree_util.register_dataclass(TermScore, ["score", "valid", "per_frame"], [])
 class Term(nnx.Module):
     """A term of the reward. Networks of its own are its attributes: their weights are kept on every device.
 
+    Preparation has it whole: there it is asked `tokens`, `prepare_prompt` and `prepare`. Training is handed what `slim` leaves.
+
     Attributes:
         cfg: its settings.
         title, unit: as tables and pages show it.
         mean, std: of its scores, roughly, before training: the loss is -(score - mean) / std x 0.1, as the original's is of
             the face's score, so that terms of weight 1 pull alike.
+        floor: a score that is worth nothing: the alarm counts from there what share of a score was lost.
+        network: kind of the converted network that it is constructed with, beside its settings, of which `path` names the folder;
+            empty without one. A ValueError of the constructor says what is wrong with the network.
         whole: whether it compares with the first frame, so that some frames alone (`reward.frames`) are not enough.
         takes: arrays of a prepared clip that it is handed besides its own: "pool".
         version: another number makes what was prepared by its code before unused.
@@ -72,6 +78,8 @@ class Term(nnx.Module):
     unit: ClassVar[str] = ""
     mean: ClassVar[float] = 0.0
     std: ClassVar[float] = 1.0
+    floor: ClassVar[float] = 0.0
+    network: ClassVar[str] = ""
     whole: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
@@ -82,8 +90,21 @@ class Term(nnx.Module):
     @classmethod
     def files(cls, cfg: Any) -> tuple[str, ...]:
         """Files that a term of these settings reads; where their content changes, clips are prepared anew."""
-        del cfg
-        return ()
+        return (cfg.path,) if cls.network else ()
+
+    @classmethod
+    def tokens(cls, cfg: Any, prompt: str) -> dict[str, np.ndarray]:
+        """What it reads of a clip's prompt, as numbers, by name: the same shapes for every prompt."""
+        del cfg, prompt
+        return {}
+
+    def prepare_prompt(self, tokens: Prepared) -> dict[str, Array]:
+        """What it needs to know of the prompts whose `tokens` [b, ...] these are, likewise by name [b, ...] and kept."""
+        del tokens
+        return {}
+
+    def slim(self) -> None:
+        """Drops the weights that only preparation needs."""
 
     def prepare(self, seen: Seen) -> dict[str, Array]:
         """What it needs to know of real clips, by name [b, ...]; kept beside each clip."""
@@ -112,14 +133,15 @@ class Term(nnx.Module):
 REAL = "real"  # the array with a clip's own score, beside those of `Term.prepare`
 
 
-def prepare_term(term: Term, seen: Seen, clip: Prepared) -> dict[str, Array]:
+def prepare_term(term: Term, seen: Seen, clip: Prepared, tokens: Prepared) -> dict[str, Array]:
     """All that is kept of real clips for a term: its own arrays, and the clips' own score.
 
     Args:
         term: which.
         seen: the real clips.
         clip: their arrays, of which the term takes some.
+        tokens: of their prompts, see `Term.tokens`.
     """
-    arrays = term.prepare(seen)
+    arrays = {**term.prepare(seen), **term.prepare_prompt(tokens)}
     own = term(seen, {**arrays, **{name: clip[name] for name in term.takes}})
     return {**arrays, REAL: own.score}

@@ -1,4 +1,6 @@
-"""The terms on board: face identity, motion, against copying, plausible landmarks, sharpness; and how others are found."""
+"""The terms on board: face identity, motion, against copying, plausible landmarks, sharpness, and those of `clip_terms`; and how
+others are found.
+"""
 
 import dataclasses
 import importlib
@@ -13,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from rfl_jax.errors import did_you_mean, first_line
 from rfl_jax.models.layers import expand_to
 from rfl_jax.rewards.align import TEMPLATE, similarity
+from rfl_jax.rewards.clip_terms import HPS, Aesthetic, PickScore
 from rfl_jax.rewards.face import SCORE_MEAN, SCORE_STD, Seen, real_agreement, usable_pool
 from rfl_jax.rewards.motion import copying, mean_where, motion, moves, own_share, repeats
 from rfl_jax.rewards.term import Prepared, Term, TermScore, TermSettings
@@ -143,6 +146,9 @@ ON_BOARD: Mapping[str, type[Term]] = {
     "anti_copy": AntiCopy,
     "landmarks": Landmarks,
     "sharpness": Sharpness,
+    "aesthetic": Aesthetic,
+    "pick_score": PickScore,
+    "hps": HPS,
 }
 
 

@@ -10,14 +10,14 @@ import jax
 from rfl_jax.chips import compiler_options
 from rfl_jax.fingerprint import fingerprint
 from rfl_jax.networks.faces import detector_file, embedder_file, licences
-from rfl_jax.networks.terms import term_keys
+from rfl_jax.networks.terms import term_keys, term_licences
 from rfl_jax.training.setup import Run
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Versions, devices, weights by file and fingerprint, licences of the face networks, how much is trained on how much, and
+    """Versions, devices, weights by file and fingerprint, licences of the networks that reward and judge, how much is trained on how much, and
     whether the "average" of what trains or its "raw" weights are judged and handed on. Of terms of the reward what their
     prepared arrays are known by.
     """
@@ -37,7 +37,7 @@ def describe(run: Run) -> dict[str, Any]:
             "compiler_options": compiler_options(run.mesh, run.cfg.compiler_options),
         },
         "weights": {name: {file: fingerprint(file) for file in paths} for name, paths in files.items() if paths},
-        "licences": licences(run.cfg, sources.reward),
+        "licences": licences(run.cfg, sources.reward) | term_licences(run.cfg),
         "trained_parameters": {
             name: sum(leaf.size for leaf in jax.tree.leaves(params)) for name, params in run.state.params.items()
         },

@@ -10,6 +10,7 @@ from rfl_jax.hosts import is_writer
 from rfl_jax.models.weights import flat_arrays
 from rfl_jax.networks.faces import licences
 from rfl_jax.networks.parts import States
+from rfl_jax.networks.terms import term_licences
 from rfl_jax.runs import RunFolder, licence_header
 from rfl_jax.sharding import replicated
 from rfl_jax.training.setup import Run
@@ -32,6 +33,6 @@ def export_adapters(run: Run, params: States, folder: RunFolder) -> list[epath.P
         metadata["weights"] = "average" if run.cfg.ema.decay else "raw"
         files.append(folder.adapters(name))
         if is_writer():
-            metadata |= licence_header(licences(run.cfg, run.inputs.sources.reward))
+            metadata |= licence_header(licences(run.cfg, run.inputs.sources.reward) | term_licences(run.cfg))
             write_whole(files[-1], adapter_file(arrays, "original", metadata))
     return files

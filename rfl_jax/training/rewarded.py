@@ -19,6 +19,8 @@ from rfl_jax.sampling.sampler import Batch
 # Sum of a term's valid scores, and how many there are.
 Tally = tuple[Float[Array, ""], Array]
 
+LOOKED_AT = 0x100C  # folded into the run's key
+
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
@@ -73,6 +75,7 @@ def reward_of(
     video: Float[Array, "b t h w 3"],
     batch: Batch,
     update: Array | int,
+    key: Array,
     untrained: Float[Array, "b t h w 3"] | None = None,
 ) -> Reward:
     """What videos are rewarded by.
@@ -84,16 +87,19 @@ def reward_of(
         video: decoded.
         batch: what of the real clips the terms want.
         update: done before; tells which terms are due.
+        key: of the run. With the update it decides which frames terms look at that do not see all, whatever the mesh and the clips,
+            and whether or not the run was interrupted.
         untrained: what the network before training makes of the same noise, where a term compares with that.
     """
-    seen = faces.see(video)
+    key = jax.random.fold_in(jax.random.fold_in(key, LOOKED_AT), update)
+    seen = faces.see(video, key)
     score = faces.score(seen, batch)
     loss, guards = rewarded(cfg, score, batch)
     if not cfg.reward.terms:
         return Reward(jnp.mean(loss), score, guards, {})
     known = {name: prepared_for(name, term, batch) for name, term in terms.items()}
     if untrained is not None:
-        before = faces.see(jax.lax.stop_gradient(untrained))
+        before = faces.see(jax.lax.stop_gradient(untrained), key)
         known = {
             name: _anew(term, before, known[name]) if term.cfg.against == "untrained" else known[name]
             for name, term in terms.items()

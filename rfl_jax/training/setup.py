@@ -111,7 +111,7 @@ def load_networks(cfg: Config, sources: Sources, experts: Sequence[str], mesh: M
     }
     modules[REWARD] = open_reward(cfg, sources.reward)
     if cfg.other_terms:
-        modules[TERMS] = open_terms(cfg)
+        modules[TERMS] = open_terms(cfg, "train")
     return split_networks(cfg, modules)
 
 

@@ -64,7 +64,8 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
                 untrained = decode_scored(cfg, networks.build("vae", params, frozen), before, key, update)
         with phase_scope("reward"):
             terms = build_terms(cfg, networks, params, frozen)
-            reward = reward_of(cfg, networks.build("reward", params, frozen), terms, video, batch, update, untrained)
+            faces = networks.build("reward", params, frozen)
+            reward = reward_of(cfg, faces, terms, video, batch, update, key, untrained)
         kl, score = jnp.mean(kls), reward.score
         value = cfg.reward.weight * reward.loss + cfg.reward.kl_weight * kl_factor * kl
         count = jnp.sum(score.valid)

@@ -42,10 +42,12 @@ class Terms:
     Attributes:
         trained: factors of their standardised scores in the reward.
         watched: those that are not trained on.
+        floors: scores of terms that are worth nothing, where that is not 0.
     """
 
     trained: Mapping[str, float] = dataclasses.field(default_factory=lambda: {FACE_SIM: 1.0})
     watched: tuple[str, ...] = ()
+    floors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, cfg: Config) -> "Terms":
@@ -55,7 +57,8 @@ class Terms:
         trained = {name: term.weight / find_term(term.type).std for name, term in named.items() if term.weight}
         # A reward of one term is shown as that term's score.
         trained = trained if len(trained) > 1 else dict.fromkeys(trained, 1.0)
-        return cls(trained, tuple(name for name, term in named.items() if not term.weight))
+        floors = {name: floor for name, term in named.items() if (floor := find_term(term.type).floor)}
+        return cls(trained, tuple(name for name, term in named.items() if not term.weight), floors)
 
     def reward(self, measures: Mapping[str, Any]) -> float:
         """What is trained on: the score of the one term, or the weighted sum of several in standard deviations."""
@@ -89,7 +92,7 @@ def alarm(
             f"{bounds.max_copying_rise:g} (eval.max_copying_rise)"
         )
     for name in terms.watched:
-        if now[name] < base[name] - bounds.max_term_loss * abs(base[name]):
+        if now[name] < base[name] - bounds.max_term_loss * abs(base[name] - terms.floors.get(name, 0)):
             found.append(
                 f"{name}, which is watched, fell from {base[name]:.3f} to {now[name]:.3f}, by more than "
                 f"{bounds.max_term_loss:.0%} (eval.max_term_loss)"

@@ -185,15 +185,16 @@ def test_a_conversion_is_verified_against_transformers(tmp_path, monkeypatch, ca
 def test_pairs_and_tokenizer_json_read_texts_as_transformers_does(tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer_files(tmp_path)
-    text = read_tokenizer(tmp_path, SMALL.vocab)
+    text = read_tokenizer(tmp_path, SMALL.vocab, SMALL.text_len)
     ours = Tokenizer.from_str(text)
     words = json.loads((tmp_path / "vocab.json").read_text())
     merges = [tuple(line.split()) for line in (tmp_path / "merges.txt").read_text().splitlines()[1:]]
     theirs = transformers.CLIPTokenizer(vocab=words, merges=merges)
     for sentence in ("a Person  pe,'s so on", "", "kkk\u00e9 \n 12 a's", "PERSON " * 20):
-        assert ours.encode(sentence).ids == theirs(sentence)["input_ids"]
+        want = theirs(sentence, padding="max_length", truncation=True, max_length=SMALL.text_len)
+        assert ours.encode(sentence).ids == want["input_ids"]
     (tmp_path / "tokenizer.json").write_text(text)
-    assert read_tokenizer(tmp_path / "tokenizer.json", SMALL.vocab) == text
+    assert read_tokenizer(tmp_path / "tokenizer.json", SMALL.vocab, SMALL.text_len) == text
     assert find_tokenizer([str(tmp_path / "model.safetensors")]) == str(tmp_path)
 
 
@@ -227,15 +228,15 @@ def test_odd_files_beside_the_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="hidden_act is gelu and quick_gelu, expected quick_gelu or gelu in both"):
         clip.COMPONENT.convert([tmp_path])
     with pytest.raises(UserError, match=r"ends texts with <\|endoftext\|>, the last of 25 tokens"):
-        read_tokenizer(tmp_path, 25)
+        read_tokenizer(tmp_path, 25, 8)
     (tmp_path / "merges.txt").write_text("#version: 0.2\nx y\n")
     with pytest.raises(UserError, match=r"vocab.json, merges.txt: expected CLIP's vocabulary and merges"):
-        read_tokenizer(tmp_path, SMALL.vocab)
+        read_tokenizer(tmp_path, SMALL.vocab, SMALL.text_len)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer.json: expected a Hugging Face tokenizer.json"):
-        read_tokenizer(tmp_path, SMALL.vocab)
+        read_tokenizer(tmp_path, SMALL.vocab, SMALL.text_len)
     with pytest.raises(UserError, match=r"expected a tokenizer.json, or a folder with one"):
-        read_tokenizer(tmp_path / "nowhere", SMALL.vocab)
+        read_tokenizer(tmp_path / "nowhere", SMALL.vocab, SMALL.text_len)
     fused = {"visual.proj": np.zeros(3, np.float32), "a.attn.in_proj_bias": np.zeros(4, np.float32)}
     save_file(fused, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"in_proj_bias has shape \[4\], expected queries, keys and values"):

@@ -20,7 +20,9 @@ from rfl_jax.sharding import batch_shards
 from tests.devices import make_mesh
 from tests.runs import drawn
 
-TERMS = {name: kind(kind.Settings(name)) for name, kind in {**ON_BOARD, "own": Brightness}.items()}
+# Those without a converted network, which tests/rewards/test_clip_terms.py looks at.
+KINDS = {name: kind for name, kind in {**ON_BOARD, "own": Brightness}.items() if not kind.network}
+TERMS = {name: kind(kind.Settings(name)) for name, kind in KINDS.items()}
 WITHOUT_FACES = ("own",)
 
 
@@ -40,7 +42,7 @@ def judged(faces):
     def prepare(weights, real):
         seen = nnx.merge(graph, weights).see(real)
         pool = seen.embeddings
-        return {n: {**prepare_term(term, seen, {"pool": pool}), "pool": pool} for n, term in TERMS.items()}
+        return {n: {**prepare_term(term, seen, {"pool": pool}, {}), "pool": pool} for n, term in TERMS.items()}
 
     @jax.jit
     def judge(weights, video, prepared):
@@ -215,7 +217,7 @@ def test_terms_on_a_mesh_are_those_of_one_device(faces, clips):
         scores = {}
         for name, term in TERMS.items():
             pool = jax.lax.stop_gradient(known.embeddings)
-            prepared = {**jax.lax.stop_gradient(prepare_term(term, known, {"pool": pool})), "pool": pool}
+            prepared = {**jax.lax.stop_gradient(prepare_term(term, known, {"pool": pool}, {})), "pool": pool}
             scores[name] = term(seen, prepared).score
         return sum(map(jnp.sum, scores.values())), scores
 

@@ -96,7 +96,7 @@ def reward():
 
         def total(video, update):
             before = None if untrained is None else untrained * video
-            found = reward_of(cfg, faces, terms, video, batch, update, before)
+            found = reward_of(cfg, faces, terms, video, batch, update, jax.random.key(0), before)
             return found.loss, found.tallies
 
         (loss, tallies), slope = jax.jit(jax.value_and_grad(total, has_aux=True))(video, jnp.int32(update))
