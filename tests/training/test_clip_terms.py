@@ -137,5 +137,7 @@ def test_a_path_that_leads_nowhere_is_refused_by_its_key(settings, row, message)
 
 
 def test_settings_out_of_range_are_refused_by_their_key(settings):
-    with pytest.raises(UserError, match=r"config\.reward\.terms\.hps\.frames: expected a whole number of at least 1, got 0"):
+    with pytest.raises(
+        UserError, match=r"config\.reward\.terms\.hps\.frames: expected a whole number of at least 1, got 0"
+    ):
         settings(**{"reward.terms": {"face": {}, "hps": {"frames": 0}}})
