@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
@@ -73,6 +74,21 @@ def _check_path(name: str, kind: type[Term], settings: Any) -> None:
         raise UserError(
             f"config.reward.terms.{name}.path: {written}, got {settings.path!r}, which holds {found} weights"
         )
+
+
+def check_terms(cfg: Config) -> None:
+    """Whether terms can use their converted networks, by the headers of these, and read prompts.
+
+    Raises:
+        UserError: naming the term's `path`, or the file.
+    """
+    platform = jax.devices()[0].platform
+    for name, settings in cfg.other_terms.items():
+        if (kind := find_term(settings.type)).network:
+            _constructed(
+                name, kind, settings, lambda kind, folder: abstract_network(cfg, kind, [folder], "prepare", platform)
+            )
+    term_tokens(cfg, "")
 
 
 def term_tokens(cfg: Config, prompt: str) -> dict[str, dict[str, np.ndarray]]:

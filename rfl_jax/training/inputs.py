@@ -17,6 +17,7 @@ from rfl_jax.data.metadata import read_metadata
 from rfl_jax.data.preparation import Clips, prepare_clips
 from rfl_jax.evaluation.held_out import evaluation_key
 from rfl_jax.networks.check import check_trainable, check_weights
+from rfl_jax.networks.terms import check_terms
 from rfl_jax.runs import RunFolder
 from rfl_jax.sampling.prefix import cache_prefix
 from rfl_jax.sampling.sampler import Sampler, caches_prefix, different_noises, make_sampler, split_prefix
@@ -78,6 +79,7 @@ def prepare_inputs(cfg: Config, folder: RunFolder, devices: Sequence[Any] | None
     check_trainable(cfg)
     sources = find_sources(cfg, experts=experts_of(cfg))
     check_weights(cfg, sources)
+    check_terms(cfg)
     prefix, sampler = split_prefix(cfg, make_sampler(cfg))
     cached = caches_prefix(cfg, prefix)
     mesh = make_mesh(dataclasses.asdict(cfg.mesh), devices)

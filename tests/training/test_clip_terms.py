@@ -9,14 +9,17 @@ import pytest
 from etils import epath
 from flax import nnx
 
+from convert import store
 from convert.licence import UNKNOWN
 from rfl_jax.config import EvalSection
 from rfl_jax.errors import UserError
+from rfl_jax.miniature.world import ASSETS, EMBEDDER_FILE
 from rfl_jax.networks.table import TERMS
 from rfl_jax.networks.terms import abstract_terms, open_terms, term_keys, term_licences
 from rfl_jax.planning.abstract import make_plan
 from rfl_jax.runs import RunFolder
 from rfl_jax.sharding import make_mesh
+from rfl_jax.training.inputs import prepare_inputs
 from rfl_jax.training.loop import train
 from rfl_jax.training.validation import Terms, alarm
 from tests.clips import SMALL, converted_clip
@@ -134,6 +137,23 @@ def test_a_path_that_leads_nowhere_is_refused_by_its_key(settings, row, message)
         with pytest.raises(UserError) as refused:
             use()
         assert str(refused.value) == message
+
+
+def test_networks_that_a_term_cannot_use_are_refused_before_a_clip_is_read(settings, terms, folder, tmp_path):
+    cfg, arrays = store.convert("clip", [str(folder.parent / "source")])
+    store.save(str(tmp_path / "headless"), "clip", cfg, arrays)
+    cfg, arrays = store.convert("arcface", [str(ASSETS / EMBEDDER_FILE)])
+    store.save(str(tmp_path / "other"), "arcface", cfg, arrays)
+    for kind, name, message in (
+        ("aesthetic", "headless", "fits.path: .* expected a CLIP with the aesthetic predictor's head"),
+        ("hps", "other", "fits.path: expected a folder written by python -m convert clip, got .*, which holds arcface weights"),
+        ("hps", "headless", "headless/tokenizer.json: expected what python -m convert clip --tokenizer writes there"),
+    ):  # fmt: skip
+        table = with_path(terms, tmp_path / name)
+        table["reward.terms"]["fits"]["type"] = kind
+        with pytest.raises(UserError, match=message) as refused:
+            prepare_inputs(settings(**WINDOWS, **table), RunFolder(epath.Path(tmp_path / "run")), jax.devices()[:1])
+        assert "\n" not in str(refused.value)
 
 
 def test_settings_out_of_range_are_refused_by_their_key(settings):
