@@ -30,8 +30,8 @@ def test_a_hacked_run_is_flagged_and_the_normal_one_is_not(tmp_path):
     result = json.loads((normal / "evaluation.json").read_text())
     for figure in ("face_sim", "judge_sim"):
         assert result[figure]["tuned"] > 1.15 * result[figure]["base"]
-    assert result["motion"]["tuned"] > 0.85 * result["motion"]["base"]
-    assert result["copying"]["tuned"] < 1.1 * result["copying"]["base"]
+    assert result["motion"]["tuned"] > 0.93 * result["motion"]["base"]
+    assert result["copying"]["tuned"] < 1.05 * result["copying"]["base"]
     assert result["sharpness"]["tuned"] > result["sharpness"]["base"]
     # Another command makes a page with the same numbers, from what the first one's last line says.
     assert f"next: python -m rfl_jax.report {normal}" in done.stdout
@@ -41,8 +41,9 @@ def test_a_hacked_run_is_flagged_and_the_normal_one_is_not(tmp_path):
     assert "Alarm at step" not in page
 
     terms = [f"--config.reward.terms.{name}.weight=0" for name in ("motion", "anti_copy")]
-    guardless = (*terms, "--config.reward.kl_weight=0", "--config.max_steps=20")
-    done = command("rfl_jax.train", "--config=configs/mini.py", f"--workdir={hacked}", cache, *guardless)
+    guardless = (*terms, "--config.reward.kl_weight=0")
+    short = ("--config.max_steps=20", "--config.eval_every=20")
+    done = command("rfl_jax.train", "--config=configs/mini.py", f"--workdir={hacked}", cache, *guardless, *short)
     assert "ALARM at step 20: the reward rose" in done.stderr
     assert "ALARM at step 20: the reward rose" in done.stdout
     lines = [json.loads(line) for line in (hacked / "metrics.jsonl").read_text().splitlines()]
@@ -52,7 +53,7 @@ def test_a_hacked_run_is_flagged_and_the_normal_one_is_not(tmp_path):
 
     # Going back at an alarm, the same settings end within the alarm's bounds and with a gain.
     lowered = tmp_path / "lowered"
-    guarded = (*guardless[:-1], "--config.guard.on_alarm=lower", "--config.eval_every=10")
+    guarded = (*guardless, "--config.guard.on_alarm=lower", "--config.eval_every=10")
     done = command("rfl_jax.train", "--config=configs/mini.py", f"--workdir={lowered}", cache, *guarded)
     assert "back to the weights of step " in done.stdout
     result = json.loads((lowered / "evaluation.json").read_text())

@@ -40,6 +40,7 @@ def terms(folder):
     return {"reward.terms": {"face": {}, "beauty": beauty, "fits": fits}}
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_one_and_watches_another(settings, terms, tmp_path, clip_folder):
     header, *rows = (clip_folder / "metadata.csv").read_text().splitlines()
     file = tmp_path / "metadata.csv"
