@@ -172,6 +172,11 @@ def _pin(x: Array, *rest: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, P(divided_batch(x.shape[0], mesh), *rest))
 
 
+def pin_samples(x: Shaped[Array, "b n *c"]) -> Shaped[Array, "b n *c"]:
+    """Spreads samples, each whole. Without a mesh, `x` as it is."""
+    return _pin(x)
+
+
 def pin_tokens(x: Shaped[Array, "b n *c"]) -> Shaped[Array, "b n *c"]:
     """Spreads samples, and the tokens (or frames) of each over the context axis. Without a mesh, `x` as it is."""
     return _pin(x, CONTEXT)

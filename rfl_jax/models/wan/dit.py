@@ -15,7 +15,7 @@ from rfl_jax.models.layers import LayerNorm, Linear, RMSNorm, expand_to, layer_n
 from rfl_jax.models.wan.config import DiTConfig
 from rfl_jax.models.wan.rope import Freqs, apply_rope, rope_freqs
 from rfl_jax.remat import BLOCK_INPUT, checkpoint_name, remat
-from rfl_jax.sharding import context_shards, gather, pin_tokens
+from rfl_jax.sharding import context_shards, gather, pin_samples, pin_tokens
 
 MAX_PERIOD = 10_000.0
 
@@ -171,7 +171,10 @@ class DiT(nnx.Module):
         # Tokens that the mesh does not divide are padded at the end; no real token attends to them.
         extra = -length % context_shards()
         cos, sin = (jnp.pad(f, ((0, extra), (0, 0))) for f in rope_freqs(grid, self.cfg.head_dim))
-        tokens = pin_tokens(_pad_tokens(self.patch_embedding(self._patchify(x)), extra))
+        # The grid, which is narrow, is whole before tokens are cut and after they are joined. Left to itself the compiler spreads
+        # frames and rows together where frames alone do not divide, and libtpu 0.0.50 ends the process at such an exchange.
+        patches = pin_samples(self._patchify(x))
+        tokens = pin_tokens(_pad_tokens(self.patch_embedding(patches), extra))
         text = self._embed_text(context)
         e, modulation = self._embed_time(_pad_tokens(t, extra) if t.ndim == 2 else t[:, None])
         tokens = self._run_blocks(tokens, modulation, text, (cos, sin), length)
@@ -179,7 +182,7 @@ class DiT(nnx.Module):
         shift, scale = (self.head_modulation[...].astype(jnp.float32)[None, None] + e[:, :, None]).transpose(2, 0, 1, 3)
         # Pinned, so that what is gathered for the grid is the narrow output and not the wide tokens.
         out = pin_tokens(self.head(layer_norm(tokens, self.cfg.eps) * (1 + scale) + shift))
-        return self._unpatchify(out[:, :length], grid)
+        return self._unpatchify(pin_samples(out)[:, :length], grid)
 
     def _grid(self, x: Float[Array, "b t h w c"]) -> tuple[int, int, int]:
         """Frames, rows and columns of tokens."""
