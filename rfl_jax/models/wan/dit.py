@@ -172,7 +172,7 @@ class DiT(nnx.Module):
         extra = -length % context_shards()
         cos, sin = (jnp.pad(f, ((0, extra), (0, 0))) for f in rope_freqs(grid, self.cfg.head_dim))
         # The grid, which is narrow, is whole before tokens are cut and after they are joined. Left to itself the compiler spreads
-        # frames and rows together where frames alone do not divide, and libtpu 0.0.50 ends the process at such an exchange.
+        # frames and rows together where frames alone do not divide, and libtpu 0.0.50 may end the process at such an exchange.
         patches = pin_samples(self._patchify(x))
         tokens = pin_tokens(_pad_tokens(self.patch_embedding(patches), extra))
         text = self._embed_text(context)
