@@ -21,7 +21,7 @@ def guarded(config: ConfigDict) -> ConfigDict:
     """
     terms = {
         "face": {"weight": 1.0},
-        "motion": {"weight": 0.9, "against": "untrained"},
+        "motion": {"weight": 1.0, "against": "untrained"},
         "anti_copy": {"weight": 0.8, "against": "untrained"},
     }
     config.update_from_flattened_dict(
@@ -30,7 +30,7 @@ def guarded(config: ConfigDict) -> ConfigDict:
             "reward.kl_weight": 0.1,
             "window.mode": "random",
             "window.steps": 1,
-            "ema.decay": 0.9,
+            "ema.decay": 0.95,
         }
     )
     return config
