@@ -228,6 +228,7 @@ def test_a_holder_on_another_host_keeps_a_bucket_while_it_lives(bucket):
     assert "held/lock.json" not in listing(bucket)
 
 
+@pytest.mark.slow
 def test_convert_train_stop_and_resume_in_a_bucket(bucket, way, tmp_path):
     draw_clips(tmp_path / "clips", 4, seed=5, frames=5)
     # A checkpoint that itself lies in the bucket is converted by a command; the others by the same in one process.

@@ -33,6 +33,7 @@ def test_the_commands_fit_one_screen_and_are_all_there():
     assert done.stdout.count("\n") <= 24
     assert max(map(len, done.stdout.splitlines())) <= 80
     there = {f"rfl_jax.{file.stem}" for file in (ROOT / "rfl_jax").glob("[a-z]*.py") if "__main__" in file.read_text()}
+    there |= {f"rfl_jax.{file.parent.name}" for file in (ROOT / "rfl_jax").glob("[a-z]*/__main__.py")}
     assert set(listing.COMMANDS) == there | {"convert"}
     assert all(f"python -m {name} " in done.stdout for name in listing.COMMANDS)
     refused = subprocess.run([*command, "trian"], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -76,6 +76,7 @@ def test_arguments_are_those_of_the_run(settings, tmp_path, changes):
     assert bool(run.state.average) == ("ema.decay" in changes)
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_a_real_run(tmp_path, clip_folder):
     batch = ["--config.per_device_train_batch_size=4"]
     found = plan(*MINI, *batch, "--topology=local", "--json")
@@ -230,6 +231,7 @@ def test_the_walk_ends_with_the_fastest_that_fits(monkeypatch, settings):
     assert "kernel" in names[0]
 
 
+@pytest.mark.slow
 def test_search_finds_the_fastest_that_fits():
     found = plan(*MINI, "--config.per_device_train_batch_size=4", "--topology=local", "--search", "--json")
     assert found.returncode == 0, found.stderr

@@ -51,6 +51,7 @@ def pairs(tmp_path_factory):
     return str(folder / "metadata.csv")
 
 
+@pytest.mark.slow
 def test_a_run_of_several_people_shows_each(settings, pairs, tmp_path):
     cfg = settings(
         **PAIRS,
