@@ -32,7 +32,7 @@ EVERY_STEP = {"window.mode": "last", "window.steps": 0}
 # Settings of each row, beside the miniature's own.
 ROWS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "original": {**ALONE, **EVERY_STEP, "reward.kl_weight": 1, "ema.decay": 0, "lr_scheduler_type": "constant"},
+    "original": {**ALONE, **EVERY_STEP, "reward.kl_weight": 1, "ema.decay": 0},
     "face alone without KL": ALONE | {"reward.kl_weight": 0},
     "face alone": ALONE,
     "face alone and KL 2": ALONE | {"reward.kl_weight": 2},
@@ -45,7 +45,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "KL 1": {"reward.kl_weight": 1},
     "real data 0.3": {"real.weight": 0.3},
     "no average": {"ema.decay": 0},
-    "constant rate": {"lr_scheduler_type": "constant"},
+    "falling rate": {"lr_scheduler_type": "cosine"},
+    "terms against the real clip": {"reward.terms.motion.against": "real", "reward.terms.anti_copy.against": "real"},
     "all steps": EVERY_STEP,
     "each step by itself": EVERY_STEP | {"window.stop_input_gradient": True},
     "all steps and KL of one": EVERY_STEP | {"kl.every": 4},
@@ -53,7 +54,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "2 even steps": {"window.mode": "uniform", "window.steps": 2},
     "2 random steps": {"window.steps": 2},
     "direct": {"window.direct": True},
-    "high-noise expert": {"trainable_models": "dit", "lora_base_model": "dit", "mid_timestep": 0, "max_timestep_boundary": 1},
+    "high-noise expert": {"trainable_models": "dit", "lora_base_model": "dit", "mid_timestep": 0},
 }  # fmt: skip
 
 NOISE = 1.1  # factor of an update's time that says nothing: the same program differs by a few per cent from run to run

@@ -1,7 +1,7 @@
 """Wan2.2 I2V-A14B, 480x480x81: LoRA of rank 32 on the low-noise expert.
 
-`configs/wan2_2_i2v_a14b.py:original` is the original's recipe: 16,980 TFLOP a sample and step, or 13,924 under `save_attention`;
-without it the guards and the window that win on the miniature (`rfl_jax.recipes`), 10,620. Weights of 28.6 GB (bf16) per expert
+The guards and the window are those that win on the miniature (`rfl_jax.recipes`): 10,620 TFLOP a sample and step under
+`save_attention`. With `:original` behind the file's name they are the original's: 13,924 TFLOP. Weights of 28.6 GB (bf16) per expert
 are sharded over `mesh.fsdp`. What has no default are the paths.
 """
 

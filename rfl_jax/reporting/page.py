@@ -128,8 +128,15 @@ def _charts(run: Run) -> list[tuple[str, str]]:
         drawn.append(("identity from frame to frame", plots.drift_figure(run.evaluation)))
         drawn.append(("change by training", plots.bar_figure(run.evaluation)))
     course("reward: face similarity", "face_score", "eval_face_sim")
+    settings = run.config["reward"].get("terms", {})
     for name in _terms(run):
-        course(f"reward: {name}", shown_as(name), f"eval_{shown_as(name)}")
+        shown = shown_as(name)
+        if settings.get(name, {}).get("against") == "untrained":
+            # Validations compare with the real clip: the two scores are not to be read on one axis.
+            course(f"reward: {name}, against the untrained", shown)
+            validated(f"held out: {name}, against the real clip", f"eval_{shown}")
+        else:
+            course(f"reward: {name}", shown, f"eval_{shown}")
     validated("held out: judging embedder", "eval_judge_sim")
     validated("held out: motion, px", "eval_motion")
     validated("held out: copying of the first frame", "eval_copying")

@@ -30,7 +30,7 @@ def test_a_hacked_run_is_flagged_and_the_normal_one_is_not(tmp_path):
     result = json.loads((normal / "evaluation.json").read_text())
     for figure in ("face_sim", "judge_sim"):
         assert result[figure]["tuned"] > 1.15 * result[figure]["base"]
-    assert result["motion"]["tuned"] > 0.93 * result["motion"]["base"]
+    assert result["motion"]["tuned"] > 0.85 * result["motion"]["base"]
     assert result["copying"]["tuned"] < 1.05 * result["copying"]["base"]
     assert result["sharpness"]["tuned"] > result["sharpness"]["base"]
     # Another command makes a page with the same numbers, from what the first one's last line says.

@@ -228,8 +228,12 @@ def test_a_run_of_several_terms_trains_validates_and_reports_each(settings, tmp_
         "sharpness beside frame 0",
     ):
         assert title in page
-    for name in ("level", "light", "motion", "sharpness"):
+    for name in ("level", "light", "sharpness"):
         assert f'aria-label="reward: {name}"' in page
+    # What is trained against another video than it is validated against has a chart for each.
+    for chart in ("reward: motion, against the untrained", "held out: motion, against the real clip"):
+        assert f'aria-label="{chart}"' in page
+    assert 'aria-label="reward: motion"' not in page
     assert set(json.loads((tmp_path / "run" / "run.json").read_text())["terms"]) == {
         "light",
         "level",
