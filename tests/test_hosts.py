@@ -17,8 +17,6 @@ from tests import COMPILER
 
 SETTINGS = [
     "--config=configs/mini.py", "--config.data.num_frames=5", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.context=2",
-    # Beside the untrained network's own video motion would be at its score's kink when the run begins.
-    "--config.reward.terms.motion.against=real", "--config.reward.terms.anti_copy.against=real",
     "--config.train_batch_size=2", "--config.per_device_train_batch_size=1", "--config.eval.file_name=",
     "--config.num_inference_steps=4", "--config.mid_timestep=2", "--config.final_timestep=3",
     "--config.sample_every=0", "--config.save_steps=1", "--config.max_steps=3",

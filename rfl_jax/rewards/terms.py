@@ -17,7 +17,7 @@ from rfl_jax.models.layers import expand_to
 from rfl_jax.rewards.align import TEMPLATE, similarity
 from rfl_jax.rewards.clip_terms import HPS, Aesthetic, PickScore
 from rfl_jax.rewards.face import SCORE_MEAN, SCORE_STD, Seen, real_agreement, usable_pool
-from rfl_jax.rewards.motion import copying, mean_where, motion, moves, own_share, repeats
+from rfl_jax.rewards.motion import copying, mean_where, motion, moves, repeats
 from rfl_jax.rewards.term import Prepared, Term, TermScore, TermSettings
 from rfl_jax.settings import Above, AtLeast
 
@@ -26,6 +26,10 @@ CENTRED = TEMPLATE - TEMPLATE.mean(0)
 SIZE = float(np.sqrt(np.mean(np.sum(CENTRED**2, 1))))  # of the face in the template: root mean square from its centre
 # Pixels: motions of less are alike, as the points are not found more exactly.
 STILL = 0.1
+# Differences up to which two motions (of their logarithms) and two videos' copying are as good as equal: the pull towards equality
+# grows with the difference up to about there and is the same beyond. Without it the score would have a kink where training
+# against the untrained network begins, and the first gradient would be that of rounding.
+NEAR_MOTION, NEAR_COPYING = 0.1, 0.01
 
 
 class Face(Term):
@@ -79,8 +83,8 @@ class AntiCopy(Term):
     def __call__(self, seen: Seen, prepared: Prepared) -> TermScore:
         alike, both = map(jnp.asarray, repeats(seen.points, seen.mask))
         real = prepared["copying"]
-        by_step = jnp.where(both, own_share(alike, jnp.broadcast_to(real[:, None], alike.shape), 1.0), 0)
-        return TermScore(own_share(_mean(alike, both), real, 1.0), jnp.any(both, 1), _with_first(by_step))
+        by_step = jnp.where(both, own_motion(alike, jnp.broadcast_to(real[:, None], alike.shape)), 0)
+        return TermScore(own_motion(_mean(alike, both), real), jnp.any(both, 1), _with_first(by_step))
 
 
 class Landmarks(Term):
@@ -175,10 +179,24 @@ def find_term(name: str) -> type[Term]:
 
 
 def alikeness(a: Float[Array, "*b"], b: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """The smaller of two motions in pixels over the larger: 1 where they are alike, towards 0 where one is a multiple of the other.
-    What pulls them together is as strong near 1 as far from it.
+    """The smaller of two motions in pixels over the larger, its kink at equality rounded: 1 where they are alike, towards 0 where
+    one is a multiple of the other.
     """
-    return (jnp.minimum(a, b) + STILL) / (jnp.maximum(a, b) + STILL)
+    return jnp.exp(-rounded(jnp.log((a + STILL) / (b + STILL)), NEAR_MOTION))
+
+
+def own_motion(copying: Float[Array, "*b"], real: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """1 up to the real clip's copying, 0 for a video that only repeats its first frame, in proportion between, but for the kink at
+    equality, which is rounded.
+    """
+    beyond = rounded(jnp.maximum(copying - real, 0), NEAR_COPYING)
+    return 1 - beyond / jnp.where(real < 1, rounded(1 - real, NEAR_COPYING), 1)
+
+
+def rounded(difference: Float[Array, "*b"], width: float) -> Float[Array, "*b"]:
+    """A difference's absolute value less about `width`, with a parabola in place of the kink: `sqrt(d**2 + width**2) - width`."""
+    # So written it is exactly 0 at 0.
+    return difference**2 / (jnp.sqrt(difference**2 + width**2) + width)
 
 
 def from_mean_face(kps: Float[Array, "b t 5 2"]) -> Float[Array, "b t"]:

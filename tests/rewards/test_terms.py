@@ -15,7 +15,7 @@ from rfl_jax.rewards.align import TEMPLATE
 from rfl_jax.rewards.face import FaceReward, RewardConfig, Seen
 from rfl_jax.rewards.points import trace_points
 from rfl_jax.rewards.term import prepare_term
-from rfl_jax.rewards.terms import ON_BOARD, from_mean_face, gradient_energy
+from rfl_jax.rewards.terms import ON_BOARD, alikeness, from_mean_face, gradient_energy, own_motion
 from rfl_jax.sharding import batch_shards
 from tests.devices import make_mesh
 from tests.runs import drawn
@@ -103,6 +103,31 @@ def test_a_term_is_highest_for_the_real_clip_and_pulls_a_damaged_one_back(judged
     assert found[name].score.mean() < real[name].score.mean() - 0.05
     assert np.isfinite(slopes[name]).all()
     assert slopes[name].max() > 1e-3
+
+
+def test_equal_motions_have_no_kink():
+    # Near equality, where training against the untrained network begins, the pull is in proportion to the difference.
+    motion = jnp.float32(0.7)
+    slope = jax.grad(alikeness)
+    assert alikeness(motion, motion) == 1
+    assert slope(motion, motion) == 0
+    less, more = (float(slope(motion + d, motion)) for d in (-1e-4, 1e-4))
+    assert less == pytest.approx(-more, rel=1e-2)
+    # d / (0.8 * 0.8 * 0.1), of the logarithm of motion + 0.1 twice, over the width.
+    assert less == pytest.approx(1e-4 / 0.064, rel=1e-2)
+    # Far from it the pull is that of the ratio, and the score the ratio but for the width.
+    assert float(alikeness(motion, 10 * motion)) == pytest.approx(0.8 / 7.1 * np.exp(0.1), rel=0.01)
+    assert float(slope(motion, 10 * motion)) == pytest.approx(np.exp(0.1) / 7.1, rel=0.01)
+
+
+def test_copying_as_much_as_the_other_has_no_kink():
+    real = jnp.float32(0.4)
+    slope = jax.grad(own_motion)
+    np.testing.assert_array_equal(own_motion(jnp.array([0.1, 0.4, 1.0]), jnp.broadcast_to(real, 3)), [1, 1, 0])
+    assert own_motion(jnp.float32(1), jnp.float32(1)) == 1
+    assert slope(real, real) == slope(real - 0.1, real) == 0
+    assert float(slope(real + 1e-4, real)) == pytest.approx(-1e-4 / 0.01 / 0.59, rel=1e-2)
+    assert float(slope(real + 0.3, real)) == pytest.approx(-1 / 0.59, rel=1e-2)
 
 
 def test_terms_of_faces_say_nothing_where_there_is_none(judged, clips):
