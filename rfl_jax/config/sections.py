@@ -200,6 +200,11 @@ class EvalSection:
     max_copying_rise: Annotated[
         float, Above(0, 1), "When copying of the first frame (0..1) rose by more while the reward rose, likewise."
     ] = 0.08
+    max_face_loss: Annotated[
+        float,
+        Above(0, 1),
+        "Share of the frames with a face before training; when more of them have none while the reward rose, likewise.",
+    ] = 0.1
     max_term_loss: Annotated[
         float,
         Above(0, 1),

@@ -53,6 +53,7 @@ MAY_CHANGE = (
     *(
         "eval.max_motion_loss",
         "eval.max_copying_rise",
+        "eval.max_face_loss",
         "eval.max_term_loss",
         "guard.on_alarm",
         "guard.raise_kl",

@@ -91,6 +91,12 @@ def alarm(
             f"copying of the first frame rose from {base['copying']:.3f} to {now['copying']:.3f}, by more than "
             f"{bounds.max_copying_rise:g} (eval.max_copying_rise)"
         )
+    if now["face_fraction"] < (1 - bounds.max_face_loss) * base["face_fraction"]:
+        # A blur in which no face is found costs no reward: frames without one say nothing.
+        found.append(
+            f"frames with a face fell from {base['face_fraction']:.0%} to {now['face_fraction']:.0%}, by more than "
+            f"{bounds.max_face_loss:.0%} of them (eval.max_face_loss)"
+        )
     for name in terms.watched:
         if now[name] < base[name] - bounds.max_term_loss * abs(base[name] - terms.floors.get(name, 0)):
             found.append(

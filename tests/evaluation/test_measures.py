@@ -116,18 +116,28 @@ def test_pairs_are_compared_by_sign():
     assert compare([1.0, 2.0], [1.0, 2.0])["p"] == 1
 
 
-BASE = {"face_sim": 0.7, "motion": 1.0, "copying": 0.4}
+# What a measure is where nothing of interest happens.
+FOUND = {"face_fraction": 0.9}
+BASE = {"face_sim": 0.7, "motion": 1.0, "copying": 0.4, **FOUND}
 
 
 @pytest.mark.parametrize(
     ("now", "words"),
     [
-        ({"face_sim": 0.8, "motion": 0.79, "copying": 0.4}, ["motion fell from 1.000 to 0.790", "20%"]),
-        ({"face_sim": 0.8, "motion": 1.0, "copying": 0.49}, ["copying of the first frame rose from 0.400 to 0.490"]),
-        ({"face_sim": 0.8, "motion": 0.1, "copying": 0.9}, ["motion fell", " and copying"]),
-        ({"face_sim": 0.8, "motion": 0.81, "copying": 0.47}, []),
+        ({"face_sim": 0.8, "motion": 0.79, "copying": 0.4, **FOUND}, ["motion fell from 1.000 to 0.790", "20%"]),
+        (
+            {"face_sim": 0.8, "motion": 1.0, "copying": 0.49, **FOUND},
+            ["copying of the first frame rose from 0.400 to 0.490"],
+        ),
+        ({"face_sim": 0.8, "motion": 0.1, "copying": 0.9, **FOUND}, ["motion fell", " and copying"]),
+        ({"face_sim": 0.8, "motion": 0.81, "copying": 0.47, **FOUND}, []),
+        (
+            {"face_sim": 0.8, "motion": 1.3, "copying": 0.3, "face_fraction": 0.8},
+            ["a face fell from 90% to 80%", "10%"],
+        ),
+        ({"face_sim": 0.8, "motion": 1.0, "copying": 0.4, "face_fraction": 0.82}, []),
         # A reward that did not rise was not hacked.
-        ({"face_sim": 0.7, "motion": 0.1, "copying": 0.9}, []),
+        ({"face_sim": 0.7, "motion": 0.1, "copying": 0.9, **FOUND}, []),
     ],
 )
 def test_the_alarm_wants_a_reward_that_rose_and_something_lost(now, words):
@@ -137,7 +147,10 @@ def test_the_alarm_wants_a_reward_that_rose_and_something_lost(now, words):
 
 
 def test_a_reward_that_rose_and_fell_again_was_climbed_too():
-    risen, lost = {"face_sim": 0.8, "motion": 1.0, "copying": 0.4}, {"face_sim": 0.6, "motion": 0.5, "copying": 0.4}
+    risen, lost = (
+        {"face_sim": 0.8, "motion": 1.0, "copying": 0.4, **FOUND},
+        {"face_sim": 0.6, "motion": 0.5, "copying": 0.4, **FOUND},
+    )
     assert not alarm(BASE, [lost], EvalSection())
     assert "the reward rose (0.700 to 0.800)" in alarm(BASE, [risen, lost], EvalSection())
     # What was mended is no alarm any more.
@@ -145,10 +158,13 @@ def test_a_reward_that_rose_and_fell_again_was_climbed_too():
 
 
 def test_bounds_of_the_alarm_are_the_configurations():
-    now = {"face_sim": 0.8, "motion": 0.7, "copying": 0.45}
+    now = {"face_sim": 0.8, "motion": 0.7, "copying": 0.45, **FOUND}
     assert alarm(BASE, [now], EvalSection())
     assert not alarm(BASE, [now], EvalSection(max_motion_loss=0.31))
     assert "copying" in alarm(BASE, [now], EvalSection(max_motion_loss=0.31, max_copying_rise=0.04))
+    blurred = {**BASE, "face_sim": 0.8, "face_fraction": 0.8}
+    assert alarm(BASE, [blurred], EvalSection())
+    assert not alarm(BASE, [blurred], EvalSection(max_face_loss=0.2))
 
 
 def test_progress_is_a_new_best():

@@ -118,7 +118,14 @@ def test_what_was_prepared_is_known_by_the_files_not_by_where_they_lie(settings,
 def test_the_alarm_counts_from_what_a_score_is_worth_nothing_at(settings, terms):
     watched = Terms.of(settings(**terms))
     assert watched.watched == ("reward/fits",)
-    base = {"face_sim": 0.5, "motion": 1.0, "copying": 0.4, "reward/fits": 21.5, "reward/beauty": 5.0}
+    base = {
+        "face_sim": 0.5,
+        "motion": 1.0,
+        "copying": 0.4,
+        "face_fraction": 1.0,
+        "reward/fits": 21.5,
+        "reward/beauty": 5.0,
+    }
     risen = {**base, "reward/beauty": 6.0}
     # A fifth of the 6 above what unrelated pictures have.
     assert not alarm(base, [{**risen, "reward/fits": 20.4}], EvalSection(), watched)

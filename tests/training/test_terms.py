@@ -331,7 +331,14 @@ def test_a_table_is_what_it_was_after_its_way_through_json():
 
 def test_the_alarm_looks_at_each_term_that_is_watched():
     watched = Terms.of(with_terms(face={}, motion={"weight": 0.0}, a={"type": LEVEL, "weight": 0.0}))
-    base = {"face_sim": 0.7, "motion": 1.0, "copying": 0.4, "reward/motion": 0.9, "reward/a": -1.0}
+    base = {
+        "face_sim": 0.7,
+        "motion": 1.0,
+        "copying": 0.4,
+        "face_fraction": 1.0,
+        "reward/motion": 0.9,
+        "reward/a": -1.0,
+    }
     risen = {**base, "face_sim": 0.8}
 
     def found(now, bounds=None, terms=watched):
