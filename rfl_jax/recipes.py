@@ -22,12 +22,12 @@ def guarded(config: ConfigDict) -> ConfigDict:
     terms = {
         "face": {"weight": 1.0},
         "motion": {"weight": 1.0, "against": "untrained"},
-        "anti_copy": {"weight": 0.8, "against": "untrained"},
+        "anti_copy": {"weight": 1.7, "against": "untrained"},
     }
     config.update_from_flattened_dict(
         {
             "reward.terms": terms,
-            "reward.kl_weight": 0.1,
+            "reward.kl_weight": 0.3,
             "window.mode": "random",
             "window.steps": 1,
             "ema.decay": 0.95,

@@ -21,7 +21,7 @@ from rfl_jax.miniature.faces import (
 )
 from rfl_jax.miniature.world import COMPANY, FRAMES, SIZE
 
-SPLITS = {"train": (320, 1001), "held_out": (48, 2002)}  # clips and seed: no person and no prompt is in both
+SPLITS = {"train": (256, 1001), "held_out": (96, 2002)}  # clips and seed: no person and no prompt is in both
 PROMPTS = {"train": TRAINING_PROMPTS, "held_out": HELD_OUT_PROMPTS}
 WORLD = 3  # of what is drawn; a new number makes clips of older releases unused
 
