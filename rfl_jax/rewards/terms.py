@@ -26,10 +26,10 @@ CENTRED = TEMPLATE - TEMPLATE.mean(0)
 SIZE = float(np.sqrt(np.mean(np.sum(CENTRED**2, 1))))  # of the face in the template: root mean square from its centre
 # Pixels: motions of less are alike, as the points are not found more exactly.
 STILL = 0.1
-# Differences up to which two motions (of their logarithms) and two videos' copying are as good as equal: the pull towards equality
-# grows with the difference up to about there and is the same beyond. Without it the score would have a kink where training
-# against the untrained network begins, and the first gradient would be that of rounding.
-NEAR_MOTION, NEAR_COPYING = 0.1, 0.01
+# Differences up to which two motions (of their logarithms), the copying of two videos and their sharpness (the share that is lost)
+# are as good as equal: the pull towards equality grows with the difference up to about there and is the same beyond. Without it
+# the score would have a kink where training against the untrained network begins, and the first gradient would be rounding's.
+NEAR_MOTION, NEAR_COPYING, NEAR_SHARPNESS = 0.1, 0.01, 0.02
 
 
 class Face(Term):
@@ -116,7 +116,9 @@ class Landmarks(Term):
 
 
 class Sharpness(Term):
-    """How sharp the later frames are beside the first: the energy of the luma's gradient over that of frame 0, at most 1."""
+    """How sharp the later frames are beside the first: 1 where the energy of the luma's gradient over that of frame 0 is no less than
+    in the real clip, or than 1 where it rises there, 0 where nothing is left of it.
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Settings(TermSettings):
@@ -126,9 +128,23 @@ class Sharpness(Term):
 
     title = "sharpness beside frame 0"
     mean, std = 0.8, 0.2
+    version = 2
     whole = True
 
+    def prepare(self, seen: Seen) -> dict[str, Array]:
+        ratio, later = self._beside_first(seen)
+        # What says nothing asks for the first frame's.
+        return {"sharpness": jnp.where(jnp.any(later, 1), jnp.minimum(_mean(ratio, later), 1), 1)}
+
     def __call__(self, seen: Seen, prepared: Prepared) -> TermScore:
+        ratio, later = self._beside_first(seen)
+        real = prepared["sharpness"]
+        by_frame = jnp.where(later, kept(ratio, jnp.broadcast_to(real[:, None], ratio.shape)), 0)
+        # By definition the first frame keeps its own.
+        return TermScore(kept(_mean(ratio, later), real), jnp.any(later, 1), by_frame.at[:, 0].set(jnp.any(later, 1)))
+
+    def _beside_first(self, seen: Seen) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
+        """The energy of each frame over that of frame 0, and where it counts: in later frames, if both are there."""
         if self.cfg.region == "face":
             where, there = _inside(seen.boxes, seen.video.shape[2:4]), seen.mask
         else:
@@ -136,11 +152,8 @@ class Sharpness(Term):
         energy = gradient_energy(seen.video, where)
         # What the others are measured by is not to be blurred for it.
         first = jax.lax.stop_gradient(energy[:, :1])
-        ratio = jnp.where(first > 0, energy / jnp.where(first > 0, first, 1), 0)
-        per_frame = jnp.where(there, jnp.minimum(ratio, 1), 0)
-        later = there.at[:, 0].set(False)
-        valid = there[:, 0] & jnp.any(later, 1) & (first[:, 0] > 0)
-        return TermScore(_mean(per_frame, later), valid, per_frame)
+        later = (there & there[:, :1] & (first > 0)).at[:, 0].set(False)
+        return jnp.where(later, energy / jnp.where(first > 0, first, 1), 0), later
 
 
 FACE = "face"
@@ -191,6 +204,12 @@ def own_motion(copying: Float[Array, "*b"], real: Float[Array, "*b"]) -> Float[A
     """
     beyond = rounded(jnp.maximum(copying - real, 0), NEAR_COPYING)
     return 1 - beyond / jnp.where(real < 1, rounded(1 - real, NEAR_COPYING), 1)
+
+
+def kept(found: Float[Array, "*b"], real: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """1 from the real clip's on, 0 where nothing is left, in proportion between, but for the kink at equality, which is rounded."""
+    lost = jnp.maximum(1 - found / jnp.where(real > 0, real, 1), 0)
+    return jnp.where(real > 0, 1 - rounded(lost, NEAR_SHARPNESS) / rounded(jnp.float32(1), NEAR_SHARPNESS), 1)
 
 
 def rounded(difference: Float[Array, "*b"], width: float) -> Float[Array, "*b"]:

@@ -15,7 +15,7 @@ from rfl_jax.rewards.align import TEMPLATE
 from rfl_jax.rewards.face import FaceReward, RewardConfig, Seen
 from rfl_jax.rewards.points import trace_points
 from rfl_jax.rewards.term import prepare_term
-from rfl_jax.rewards.terms import ON_BOARD, alikeness, from_mean_face, gradient_energy, own_motion
+from rfl_jax.rewards.terms import ON_BOARD, alikeness, from_mean_face, gradient_energy, kept, own_motion
 from rfl_jax.sharding import batch_shards
 from tests.devices import make_mesh
 from tests.runs import drawn
@@ -214,13 +214,22 @@ def test_the_region_of_sharpness_is_where_it_looks(faces, clips):
     inside = jnp.asarray((x >= x1 - 1) & (x <= x2 + 1) & (y >= y1 - 1) & (y <= y2 + 1))[..., None]
     later = jnp.arange(world.FRAMES)[None, :, None, None, None] > 0
     background = jnp.where(inside | ~later, clips, blurred(clips))
-    scores = {
-        region: np.asarray(with_settings("sharpness", region=region)(faces.see(background), {}).score)
-        for region in ("face", "frame")
-    }
-    real = np.asarray(with_settings("sharpness", region="face")(faces.see(clips), {}).score)
-    np.testing.assert_allclose(scores["face"], real, rtol=0.05)
-    assert (scores["frame"] < real - 0.05).all()
+
+    def score(video, region):
+        term = with_settings("sharpness", region=region)
+        return np.asarray(term(faces.see(video), term.prepare(faces.see(clips))).score)
+
+    np.testing.assert_allclose(score(clips, "face"), 1, atol=1e-6)
+    np.testing.assert_allclose(score(background, "face"), 1, rtol=0.05)
+    assert (score(background, "frame") < score(background, "face") - 0.02).all()
+
+
+def test_sharpness_is_what_is_kept_of_the_others():
+    real = jnp.array([0.8, 0.8, 0.8, 0.0])
+    np.testing.assert_allclose(kept(jnp.array([0.0, 0.8, 0.9, 0.0]), real), [0, 1, 1, 1], atol=1e-6)
+    slope = jax.vmap(jax.grad(kept))(jnp.array([0.8, 0.9, 0.4]), real[:3])
+    # None at equality and above it; below that of the ratio, but for the width.
+    np.testing.assert_allclose(slope, [0, 0, 1 / 0.8 / 0.98], rtol=1e-2)
 
 
 def test_the_energy_of_a_ramp_is_its_slope():

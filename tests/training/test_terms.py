@@ -305,7 +305,7 @@ def test_prepared_arrays_are_known_by_what_they_depend_on(tmp_path, monkeypatch)
         ({"reward.terms": {"face": {"weight": 0.0}}}, "config.reward.terms: expected a term with a weight above 0"),
         ({"reward.terms": {"face": {}}, "reward.ceiling": True}, "config.reward.ceiling: expected false, as each term"),
         ({"reward.terms": {"anti_copy": {}}, "reward.frames": 1}, "config.reward.frames: expected 0, as the term anti_copy"),
-        ({"reward.terms": {"face": {}, "sharpness": {"against": "untrained"}}}, "config.reward.terms: expected against real in the row sharpness"),
+        ({"reward.terms": {"face": {"against": "untrained"}}}, "config.reward.terms: expected against real in the row face"),
         ({"reward.terms": {"motion": {"against": "base"}}}, "config.reward.terms.motion.against: expected real or untrained"),
         (
             {"reward.terms": {"motion": {"against": "untrained"}}, "trainable_models": "vae", "lora_base_model": ""},
