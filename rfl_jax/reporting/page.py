@@ -83,7 +83,6 @@ def _measures(run: Run) -> list[dict[str, Any]]:
     for name, measure in measures_of(run.evaluation).items():
         base, tuned = (run.evaluation[name][way] for way in ("base", "tuned"))
         change = tuned - base
-        good = {"higher": 1, "lower": -1}.get(measure.better, 0) * change
         rows.append(
             {
                 "name": name,
@@ -93,12 +92,19 @@ def _measures(run: Run) -> list[dict[str, Any]]:
                 "base": base,
                 "tuned": tuned,
                 "change": change,
-                "verdict": "good" if good > 0 else "bad" if good < 0 else "",
+                "verdict": verdict(measure.better, run.evaluation["statistics"][name]["change"]),
                 **{f"{way}_interval": run.evaluation["statistics"][name][way] for way in ("base", "tuned", "change")},
                 **{key: run.evaluation["statistics"][name][key] for key in ("rose", "fell", "p")},
             }
         )
     return rows
+
+
+def verdict(better: str, interval: Sequence[float] | None) -> str:
+    """The colour of a change: "good" or "bad" where its interval leaves out zero, none where it may be chance."""
+    if interval is None or interval[0] <= 0 <= interval[1] or better not in ("higher", "lower"):
+        return ""
+    return "good" if (interval[0] > 0) == (better == "higher") else "bad"
 
 
 def _charts(run: Run) -> list[tuple[str, str]]:

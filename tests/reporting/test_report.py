@@ -15,7 +15,7 @@ from rfl_jax.evaluation.measures import MEASURES
 from rfl_jax.reporting import collect
 from rfl_jax.reporting.animation import _frames
 from rfl_jax.reporting.collect import embed, read_run
-from rfl_jax.reporting.page import render
+from rfl_jax.reporting.page import render, verdict
 from rfl_jax.runs import RunFolder
 from tests.reporting.conftest import CLIPS, FRAMES, HOSTILE, SIZE, moving, report
 
@@ -370,6 +370,18 @@ def test_videos_are_shown_whatever_bytes_their_tags_are_of(tmp_path, monkeypatch
     monkeypatch.setattr(collect, "EMBEDDED_BYTES", 0)
     assert embed(broken) == embed(plain)
     assert _frames(broken, 64) == _frames(plain, 64)
+
+
+@pytest.mark.parametrize(
+    ("better", "interval", "colour"),
+    [
+        ("higher", [0.1, 0.2], "good"), ("higher", [-0.2, -0.1], "bad"), ("lower", [-0.2, -0.1], "good"), ("lower", [0.1, 0.2], "bad"),
+        # What may be chance, what is neither better nor worse, and one clip, which tells no interval.
+        ("higher", [-0.1, 0.2], ""), ("lower", [0.0, 0.2], ""), ("", [0.1, 0.2], ""), ("higher", None, ""),
+    ],
+)  # fmt: skip
+def test_a_change_has_a_colour_where_its_interval_leaves_out_zero(better, interval, colour):
+    assert verdict(better, interval) == colour
 
 
 def test_what_is_no_run_is_refused_in_one_line(folder, tmp_path):
