@@ -45,7 +45,9 @@ def _train(cfg: Config, folder: RunFolder, lock: Lock) -> None:
     result = None
     if cfg.eval.file_name:
         held_out = trained.validation.held_out if trained.validation else run.open_held_out()
-        result = evaluate(held_out, {"base": held_out.untrained(params), "tuned": params}, folder, trained.step)
+        result = evaluate(
+            held_out, {"base": held_out.untrained(params), "tuned": params}, folder, trained.step, trained.state.weights
+        )
     if not is_writer():
         return
     if result:

@@ -20,7 +20,9 @@ from rfl_jax.runs import RunFolder
 NAMES = ("base", "tuned")
 
 
-def evaluate(held_out: HeldOut, params: Mapping[str, States], folder: RunFolder, step: int) -> dict[str, Any]:
+def evaluate(
+    held_out: HeldOut, params: Mapping[str, States], folder: RunFolder, step: int, weights: str
+) -> dict[str, Any]:
     """Samples every held-out clip with the untrained and the trained weights from the same noise.
 
     Args:
@@ -28,11 +30,12 @@ def evaluate(held_out: HeldOut, params: Mapping[str, States], folder: RunFolder,
         params: the trainable weights "base" (before training) and "tuned".
         folder: of the run, where evaluation.json and evaluation/ (videos, plots) are written.
         step: of the trained weights.
+        weights: whether these are the "average" or the "raw" weights of that step.
 
     Returns:
         The content of evaluation.json: for every measure the means of "base" and "tuned", "statistics" (intervals, sign
         test), "drift" (mean similarity of each frame), and "clips" with their own measures, files and frames; "terms" tells how
-        the measures of the reward's terms are shown, where there are any.
+        the measures of the reward's terms are shown, where there are any; "step" and "weights" are the arguments.
     """
     clips: dict[int, dict[str, Any]] = {}
     files = folder.evaluation_files
@@ -60,7 +63,10 @@ def evaluate(held_out: HeldOut, params: Mapping[str, States], folder: RunFolder,
                     file = written(number, name, one.video)
                     clip[name] = {**one.measures(), "file": file, "frames": one.frames(), **of_people(one, real)}
                 clips[number] = clip
-    result = summary([clips[number] for number in sorted(clips)], held_out.term_measures) | {"step": step}
+    result = summary([clips[number] for number in sorted(clips)], held_out.term_measures) | {
+        "step": step,
+        "weights": weights,
+    }
     if is_writer():
         # Matplotlib is imported here: a third of a second that the beginning of a training need not wait for.
         from rfl_jax.evaluation.plots import bar_figure, drift_figure, png

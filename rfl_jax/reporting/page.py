@@ -65,6 +65,7 @@ def _render(run: Run, most: int) -> str:
         titles=TITLES,
         settings=changed(run.config, plain(Config())),
         about=run.about,
+        judged=(run.evaluation or {}).get("weights"),
         profile=run.profile,
     )
 

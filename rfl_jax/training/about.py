@@ -41,7 +41,7 @@ def describe(run: Run) -> dict[str, Any]:
         "trained_parameters": {
             name: sum(leaf.size for leaf in jax.tree.leaves(params)) for name, params in run.state.params.items()
         },
-        "tuned": "average" if run.state.average else "raw",
+        "tuned": run.state.weights,
         "clips": {"trained_on": len(run.inputs.clips.training), "held_out": len(run.inputs.clips.held_out)},
         "steps": run.inputs.steps,
         **({"terms": terms} if (terms := term_keys(run.cfg)) else {}),

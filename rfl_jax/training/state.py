@@ -49,6 +49,11 @@ class TrainState:
         return self.average or self.params
 
     @property
+    def weights(self) -> str:
+        """What `tuned` are: the "average", or the "raw" weights."""
+        return "average" if self.average else "raw"
+
+    @property
     def kl_factor(self) -> Any:
         """What the KL's weight is multiplied by, for alarms and for the budget together."""
         kl = self.factors["kl"]

@@ -1,6 +1,7 @@
 """The page of a run in a real browser: videos play, plots have content, numbers are evaluation.json's, nothing is missing."""
 
 import base64
+import dataclasses
 import json
 import re
 import shlex
@@ -370,6 +371,17 @@ def test_videos_are_shown_whatever_bytes_their_tags_are_of(tmp_path, monkeypatch
     monkeypatch.setattr(collect, "EMBEDDED_BYTES", 0)
     assert embed(broken) == embed(plain)
     assert _frames(broken, 64) == _frames(plain, 64)
+
+
+@pytest.mark.parametrize("judged", ["average", "raw"])
+def test_the_page_tells_which_weights_were_judged(folder, judged):
+    run = read_run(RunFolder(folder))
+    run = dataclasses.replace(
+        run, about={**run.about, "tuned": "average"}, evaluation={**run.evaluation, "weights": judged}
+    )
+    page = render(run, most=CLIPS)
+    assert ("judged and handed on" in page) == (judged == "average")
+    assert ("evaluate --raw" in page) == (judged == "raw")
 
 
 @pytest.mark.parametrize(

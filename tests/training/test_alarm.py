@@ -157,6 +157,9 @@ def test_an_alarm_lowers_the_rate_and_the_run_resumes_to_the_last_bit(climbing, 
             assert found.keys() == want.keys()
             assert all(np.array_equal(found[name], want[name]) for name in want)
     assert not equal(snapshot(trained.state.average), snapshot(trained.state.params))
+    without = dataclasses.replace(trained.state, average={})
+    assert (trained.state.weights, without.weights) == ("average", "raw")
+    assert without.tuned is trained.state.params
 
 
 def test_an_alarm_ends_the_run_with_the_best_weights(climbing, tmp_path, monkeypatch):

@@ -180,7 +180,7 @@ def test_both_experts_learn_and_come_out_of_an_interrupted_run_bit_for_bit(
         for params in (tuned, base, tuned | {"dit": base["dit"]}, tuned | {"dit2": base["dit2"]})
     ]
     assert all(np.abs(video - other).max() > 0 for i, video in enumerate(videos) for other in videos[:i])
-    result = evaluate(held_out, {"base": base, "tuned": tuned}, RunFolder(whole), trained.step)
+    result = evaluate(held_out, {"base": base, "tuned": tuned}, RunFolder(whole), trained.step, "average")
     assert result["judge_sim"]["tuned"] == pytest.approx(lines[-1]["eval_judge_sim"], abs=1e-4)
 
     # One call writes both, each by its name in the format; they are what is read from the run.

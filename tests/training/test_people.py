@@ -76,7 +76,7 @@ def test_a_run_of_several_people_shows_each(settings, pairs, tmp_path):
 
     held_out = trained.validation.held_out
     params = {"base": held_out.untrained(trained.state.params), "tuned": trained.state.params}
-    result = evaluate(held_out, params, folder, 2)
+    result = evaluate(held_out, params, folder, 2, "raw")
     assert line["eval_judge_sim"] == pytest.approx(result["judge_sim"]["tuned"], rel=1e-3, abs=1e-5)
     for clip in result["clips"][:2]:
         assert clip["reference"]["swaps"] == 0

@@ -97,9 +97,10 @@ def test_stopped_and_resumed_equals_uninterrupted(settings, tmp_path, clip_folde
 
     held_out = trained.validation.held_out
     params = {"base": held_out.untrained(state.params), "tuned": state.params}
-    result = evaluate(held_out, params, RunFolder(whole), trained.step)
+    result = evaluate(held_out, params, RunFolder(whole), trained.step, trained.state.weights)
     written = json.loads((whole / "evaluation.json").read_text())
     assert written == result
+    assert (written["step"], written["weights"]) == (trained.step, "raw")
     assert len(written["clips"]) == 3
     for figure in MEASURES:
         for name in ("base", "tuned"):

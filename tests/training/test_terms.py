@@ -203,7 +203,7 @@ def test_a_run_of_several_terms_trains_validates_and_reports_each(settings, tmp_
     assert validation["terms"] == SHOWN
     held_out = trained.validation.held_out
     result = evaluate(
-        held_out, {"base": held_out.untrained(trained.state.params), "tuned": trained.state.params}, folder, 2
+        held_out, {"base": held_out.untrained(trained.state.params), "tuned": trained.state.params}, folder, 2, "raw"
     )
     assert list(result["terms"]) == SHOWN
     assert result["terms"]["reward/level"] == {"title": "level", "better": "higher", "unit": "of 1"}
