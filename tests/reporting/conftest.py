@@ -11,8 +11,10 @@ from etils import epath
 
 from rfl_jax.config import default_config, dumps, parse
 from rfl_jax.data.videos import write_video
+from rfl_jax.errors import refuse_in_one_line
 from rfl_jax.evaluation.evaluate import summary
 from rfl_jax.evaluation.measures import MEASURES, Scored
+from rfl_jax.report import main as report_main
 from rfl_jax.training.validation import alarm
 
 CLIPS, FRAMES, SIZE = 5, 9, 64
@@ -89,6 +91,22 @@ def report(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "rfl_jax.report", *map(str, arguments)], capture_output=True, text=True, check=False
     )
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """`refused(*arguments)` is the line in which the command refuses them, with exit status 2; in this process, which takes no time."""
+
+    def refused(*arguments):
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop, refuse_in_one_line("report"):
+            report_main()
+        assert stop.value.code == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        return line
+
+    return refused
 
 
 @pytest.fixture
