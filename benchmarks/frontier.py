@@ -39,7 +39,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "face alone and KL within 0.01": ALONE | {"kl.target": 0.01},
     "face alone and real data 1": ALONE | {"real.weight": 1},
     "face weighed by motion and copying": ALONE | {"motion.weight": 1, "motion.copy_weight": 1},
-    "without motion's term": {"reward.terms.motion.weight": 0},
+    "without the term for motion": {"reward.terms.motion.weight": 0},
     "without the term against copying": {"reward.terms.anti_copy.weight": 0},
     "no KL": {"reward.kl_weight": 0},
     "KL 1": {"reward.kl_weight": 1},
