@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from tqdm import tqdm
 
 from rfl_jax.chips import answer_libtpu
@@ -169,26 +171,36 @@ def plot(points: Sequence[Point]) -> Figure:
     with rc_context(STYLE):
         figure = Figure((8.5, 7), layout="constrained")
         axes = figure.add_subplot()
-        # Neighbours' names go to different sides.
-        sides = (((6, 4), "left"), ((-6, -9), "right"), ((6, -9), "left"), ((-6, 4), "right"))
-        for i, p in enumerate(sorted(points, key=lambda p: p.likeness)):
+        points = sorted(points, key=lambda p: p.likeness)
+        for p in points:
             face = "none" if p.name in worse else TUNED
             axes.scatter(100 * p.motion, p.likeness, 30, edgecolors=TUNED, facecolors=face)
-            offset, side = sides[i % len(sides)]
-            axes.annotate(
-                p.name,
-                (100 * p.motion, p.likeness),
-                offset,
-                textcoords="offset points",
-                fontsize=7,
-                color=INK,
-                horizontalalignment=side,
-            )
         axes.margins(x=0.12)
         axes.set_xlabel("change of motion, %")
         axes.set_ylabel("FaceSim by the judging embedder")
         axes.set_title("Held-out clips after training")
+        # Where points lie on the page is known when the axes are.
+        figure.draw_without_rendering()
+        places = axes.transData.transform([(100 * p.motion, p.likeness) for p in points])
+        taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places]
+        for p in points:
+            taken.append(_named(axes, p, taken))
     return figure
+
+
+def _named(axes: Axes, p: Point, taken: Sequence[Bbox]) -> Bbox:
+    """Writes a point's name beside it, where no other name and no point is if there is such a place; returns where."""
+    places = [(x * d, y * d - 2) for d in (6, 14, 22) for x in (1, -1) for y in (1, -1, 0)]
+    while True:
+        offset = places.pop(0)
+        name = axes.annotate(
+            p.name, (100 * p.motion, p.likeness), offset, textcoords="offset points",
+            fontsize=7, color=INK, horizontalalignment="left" if offset[0] > 0 else "right",
+        )  # fmt: skip
+        box = name.get_window_extent()
+        if not places or not any(box.overlaps(other) for other in taken):
+            return box
+        name.remove()
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The frontier of guards and windows: what dominates what, and that its command trains, reads and goes on."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from functools import reduce
@@ -59,7 +60,13 @@ def test_the_table_begins_with_the_greatest_likeness_and_the_plot_names_every_ro
     lines = table([A, better]).splitlines()
     assert lines[2] == "| better | `--config.real.weight=0.1` | 0.900 | +10.0% | -10.0% | +5.0% | +0.0% | 1.00 | 2 |  |"
     assert lines[3].endswith("| dominated |")
-    assert {text.get_text() for text in plot([A, better]).axes[0].texts} == {"defaults", "better"}
+    # Rows of the same figures are named in different places.
+    near = [dataclasses.replace(A, name=name) for name in ("one", "another", "a third")]
+    figure = plot([A, better, *near])
+    names = figure.axes[0].texts
+    assert {text.get_text() for text in names} == {"defaults", "better", "one", "another", "a third"}
+    boxes = [text.get_window_extent() for text in names]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 @pytest.mark.slow
