@@ -80,7 +80,7 @@ def main() -> None:
             def run(weights: nnx.State, x: jax.Array, name: str = name, graph: Any = graph) -> Any:
                 return products(nnx.merge(graph, weights))[name](x)
 
-            text = run.lower(weights, x).compile().as_text()
+            text = run.lower(weights, x).compile().as_text() or ""
             found = re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("ENTRY") :])
             cycles = sum(map(int, found))
             totals[mode] = totals.get(mode, 0) + cycles

@@ -101,11 +101,12 @@ class OurSide(Side):
         """Makes the phases of the step things that can be timed."""
         run, params, frozen, batch = self._run, self._state.params, self._run.frozen, self._micro
         sampler, networks = run.inputs.sampler, run.networks
+        options: dict[str, Any] = steps_options(run.cfg.policy)
         still, gradient = (tuple(span for span in sampler.spans if span.gradient == wanted) for wanted in (False, True))
 
         def steps(params: States, frozen: Frozen, x: jax.Array, spans: Any) -> Any:
             experts, keep = bind_experts(networks, sampler, params, frozen, batch)
-            return rollout(experts, x, sampler.sigmas, spans, keep=keep, **steps_options(run.cfg.policy))
+            return rollout(experts, x, sampler.sigmas, spans, keep=keep, **options)
 
         def taken(params: States, frozen: Frozen, x: jax.Array) -> jax.Array:
             return steps(params, frozen, x, still).latents
