@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -57,5 +58,8 @@ def test_a_hacked_run_is_flagged_and_the_normal_one_is_not(tmp_path):
     done = command("rfl_jax.train", "--config=configs/mini.py", f"--workdir={lowered}", cache, *guarded)
     assert "back to the weights of step " in done.stdout
     result = json.loads((lowered / "evaluation.json").read_text())
-    assert result["motion"]["tuned"] > 0.8 * result["motion"]["base"]
+    # The bounds are on the clips of the validations, which are the first of those evaluated.
+    validated = result["clips"][: len(json.loads((lowered / "validation.json").read_text())["clips"])]
+    base, tuned = (np.mean([clip[way]["motion"] for clip in validated]) for way in ("base", "tuned"))
+    assert tuned > 0.8 * base
     assert result["judge_sim"]["tuned"] > result["judge_sim"]["base"] + 0.01
