@@ -199,17 +199,22 @@ def alikeness(a: Float[Array, "*b"], b: Float[Array, "*b"]) -> Float[Array, "*b"
 
 
 def own_motion(copying: Float[Array, "*b"], real: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """1 up to the real clip's copying, 0 for a video that only repeats its first frame, in proportion between, but for the kink at
-    equality, which is rounded.
-    """
-    beyond = rounded(jnp.maximum(copying - real, 0), NEAR_COPYING)
-    return 1 - beyond / jnp.where(real < 1, rounded(1 - real, NEAR_COPYING), 1)
+    """1 up to the real clip's copying, 0 for a video that only repeats its first frame, in proportion between."""
+    return left(copying - real, 1 - real, NEAR_COPYING)
 
 
 def kept(found: Float[Array, "*b"], real: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """1 from the real clip's on, 0 where nothing is left, in proportion between, but for the kink at equality, which is rounded."""
-    lost = jnp.maximum(1 - found / jnp.where(real > 0, real, 1), 0)
-    return jnp.where(real > 0, 1 - rounded(lost, NEAR_SHARPNESS) / rounded(jnp.float32(1), NEAR_SHARPNESS), 1)
+    """1 from the real clip's sharpness on, 0 where nothing is left of it, in proportion between; 1 where the real clip has none."""
+    there = real > 0
+    return left(1 - found / jnp.where(there, real, 1), there.astype(jnp.float32), NEAR_SHARPNESS)
+
+
+def left(lost: Float[Array, "*b"], whole: Float[Array, "*b"], width: float) -> Float[Array, "*b"]:
+    """The share of a whole that is left: 1 where nothing is lost, 0 where all is, in proportion between, but for the kink where
+    losing begins, which is rounded; 1 where there is nothing to lose.
+    """
+    share = rounded(jnp.maximum(lost, 0), width) / jnp.where(whole > 0, rounded(whole, width), 1)
+    return jnp.where(whole > 0, 1 - share, 1)
 
 
 def rounded(difference: Float[Array, "*b"], width: float) -> Float[Array, "*b"]:

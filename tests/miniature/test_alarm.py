@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -52,14 +51,12 @@ def test_a_hacked_run_is_flagged_and_the_normal_one_is_not(tmp_path):
     command("rfl_jax.report", hacked, "-o", tmp_path / "hacked.html")
     assert "Alarm at step 20" in (tmp_path / "hacked.html").read_text()
 
-    # Going back at an alarm, the same settings end within the alarm's bounds and with a gain.
+    # Going back at an alarm, the same settings end within the alarm's bounds, which are on the clips that it looks at, and with a gain.
     lowered = tmp_path / "lowered"
-    guarded = (*guardless, "--config.guard.on_alarm=lower", "--config.eval_every=10")
+    looks = ("--config.eval_every=10", "--config.eval.validation_samples=96")
+    guarded = (*guardless, "--config.guard.on_alarm=lower", *looks)
     done = command("rfl_jax.train", "--config=configs/mini.py", f"--workdir={lowered}", cache, *guarded)
     assert "back to the weights of step " in done.stdout
     result = json.loads((lowered / "evaluation.json").read_text())
-    # The bounds are on the clips of the validations, which are the first of those evaluated.
-    validated = result["clips"][: len(json.loads((lowered / "validation.json").read_text())["clips"])]
-    base, tuned = (np.mean([clip[way]["motion"] for clip in validated]) for way in ("base", "tuned"))
-    assert tuned > 0.8 * base
+    assert result["motion"]["tuned"] > 0.8 * result["motion"]["base"]
     assert result["judge_sim"]["tuned"] > result["judge_sim"]["base"] + 0.01

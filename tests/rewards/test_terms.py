@@ -69,9 +69,9 @@ def clips():
     return drawn(3, 2, world.FRAMES)
 
 
-def blurred(video):
-    half = video.reshape(*video.shape[:2], world.SIZE // 2, 2, world.SIZE // 2, 2, 3).mean((3, 5))
-    return jax.image.resize(half, video.shape, "bilinear")
+def blurred(video, by=2):
+    small = video.reshape(*video.shape[:2], world.SIZE // by, by, world.SIZE // by, by, 3).mean((3, 5))
+    return jax.image.resize(small, video.shape, "bilinear")
 
 
 def squeezed(video):
@@ -213,7 +213,7 @@ def test_the_region_of_sharpness_is_where_it_looks(faces, clips):
     y, x = np.mgrid[: world.SIZE, : world.SIZE][:, None, None]
     inside = jnp.asarray((x >= x1 - 1) & (x <= x2 + 1) & (y >= y1 - 1) & (y <= y2 + 1))[..., None]
     later = jnp.arange(world.FRAMES)[None, :, None, None, None] > 0
-    background = jnp.where(inside | ~later, clips, blurred(clips))
+    background = jnp.where(inside | ~later, clips, blurred(clips, by=8))
 
     def score(video, region):
         term = with_settings("sharpness", region=region)
@@ -221,7 +221,7 @@ def test_the_region_of_sharpness_is_where_it_looks(faces, clips):
 
     np.testing.assert_allclose(score(clips, "face"), 1, atol=1e-6)
     np.testing.assert_allclose(score(background, "face"), 1, rtol=0.05)
-    assert (score(background, "frame") < score(background, "face") - 0.02).all()
+    assert (score(background, "frame") < score(clips, "face") - 0.05).all()
 
 
 def test_sharpness_is_what_is_kept_of_the_others():
