@@ -106,6 +106,7 @@ def test_a_rule_is_silent_about_what_cannot_be_read():
         ("max_grad_norm", 0.0, "a positive number"),
         ("frozen_weights", "int4", "int8, or empty"),
         ("frozen_activations", "int8", "empty, as frozen_weights is"),
+        ("sampling.guidance_gradient", "conditional", "both, as sampling.guidance_scale is 1"),
         ("kl.every", 0, "a whole number of at least 1"),
         ("kl.target", 0.01, "0, as reward.kl_weight is"),
         ("kl.target", 0.02, "0, as no DiT trains"),
@@ -237,7 +238,9 @@ def test_the_page_of_settings_is_current():
     assert (ROOT / "docs" / "settings.md").read_text() == markdown()
 
 
-@pytest.mark.parametrize("name", ["mini", "wan2_2_i2v_a14b", "wan2_2_i2v_a14b_both_experts", "wan2_2_ti2v_5b"])
+@pytest.mark.parametrize(
+    "name", ["mini", "wan2_2_i2v_a14b", "wan2_2_i2v_a14b_both_experts", "wan2_2_ti2v_5b", "wan2_2_ti2v_5b_reward"]
+)
 def test_a_config_has_the_guards_that_win_unless_the_original_is_asked_for(name):
     made = importlib.import_module(f"configs.{name}").get_config
     cfgs = {recipe: parse(made(recipe)) for recipe in RECIPES}

@@ -14,6 +14,7 @@ from rfl_jax.config.sections import (
     NoiseSection,
     RealSection,
     RewardSection,
+    SamplingSection,
     WindowSection,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "NoiseSection",
     "RealSection",
     "RewardSection",
+    "SamplingSection",
     "WindowSection",
     "check_keys",
     "config_file",

@@ -141,6 +141,11 @@ RULES = (
         ),
     ),
     Rule(
+        ("sampling.guidance_gradient", "sampling.guidance_scale"),
+        lambda cfg: cfg.sampling.guidance_gradient == "both" or cfg.sampling.guidance_scale != 1,
+        "both, as sampling.guidance_scale is 1",
+    ),
+    Rule(
         ("reward.terms", "trainable_models", "lora_base_model"),
         lambda cfg: cfg.trains_dit or not cfg.needs_untrained,
         "against real in every row, as no DiT trains",

@@ -160,6 +160,10 @@ class SamplingSection:
         float, AtLeast(0), "Scale of classifier-free guidance; 1: none, as distilled experts want it."
     ] = 1.0
     negative_prompt: Annotated[str, "Text that guidance steers away from."] = ""
+    guidance_gradient: Annotated[
+        Literal["both", "conditional"],
+        "Where the gradient of a guided step goes: through both predictions, or through the one with the prompt alone.",
+    ] = "both"
 
 
 @dataclasses.dataclass(frozen=True)

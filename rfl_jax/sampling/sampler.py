@@ -43,6 +43,7 @@ class Sampler:
         direct: where the gradient is that of one step from known noise, and the spans have none: the steps it can be, each
             as likely in an update as another.
         separate: whether each step's gradient stays its own, as `rollout` says.
+        conditional: whether guided velocities have their gradient through the prediction with the prompt alone.
         rounds_inputs: whether int8 weights meet int8 inputs where nothing is differentiated: in spans without gradient
             and in the KL's reference.
     """
@@ -54,6 +55,7 @@ class Sampler:
     drawn: Mapping[Span, int] = dataclasses.field(default_factory=dict)
     direct: tuple[Span, ...] = ()
     separate: bool = False
+    conditional: bool = False
     rounds_inputs: bool = False
 
     @property
@@ -73,6 +75,10 @@ class Sampler:
     def predictions(self, expert: str) -> int:
         """Forward passes of one velocity."""
         return 1 if self.guidance[expert] == 1.0 else 2
+
+    def differentiated(self, expert: str) -> int:
+        """Those of them that have a gradient, in a step that has one."""
+        return 1 if self.conditional else self.predictions(expert)
 
 
 def make_sampler(cfg: Config) -> Sampler:
@@ -113,6 +119,7 @@ def make_sampler(cfg: Config) -> Sampler:
         drawn=drawn,
         direct=direct,
         separate=cfg.window.stop_input_gradient,
+        conditional=cfg.sampling.guidance_gradient == "conditional",
         rounds_inputs=cfg.frozen_activations == "int8",
     )
     if cfg.kl.every > 1:
@@ -290,18 +297,21 @@ def bind_experts(
         context = networks.build("text_encoder", params, frozen).context(batch["ids"], batch["mask"])
         context = context[:, : sampler.dit.text_len]
 
-    def velocity(model: Any, context: Array | None, scale: float) -> Velocity:
-        def one(x: Array, t: Array, context: Array | None) -> Array:
+    def velocity(model: Any, context: Array | None, scale: float, still: Any = None) -> Velocity:
+        """Of a model, guided by the same with weights that stay `still` where that prediction is to have no gradient."""
+
+        def one(model: Any, x: Array, t: Array, context: Array | None) -> Array:
             if conditioning is not None and y is not None:
                 x, t = conditioning.apply(x, t, y)
             return model(x, t, context)
 
         def guided(x: Latents, t: Float[Array, " b"]) -> Latents:
-            v = one(x, t, context)
+            v = one(model, x, t, context)
             if scale == 1.0:
                 return v
             shape = (x.shape[0], *batch["negative_context"].shape[1:])
-            away = one(x, t, jnp.broadcast_to(batch["negative_context"], shape))
+            negative = jnp.broadcast_to(batch["negative_context"], shape)
+            away = one(model, x, t, negative) if still is None else one(still, jax.lax.stop_gradient(x), t, negative)
             return away + scale * (v - away)
 
         return guided
@@ -315,8 +325,9 @@ def bind_experts(
     for name in sampler.experts:
         trains, scale = name in params, sampler.guidance[name]
         reference = velocity(rounding(networks.build_reference(name, frozen)), still_context, scale) if trains else None
+        unguided = networks.build(name, still, frozen) if sampler.conditional else None
         experts[name] = Expert(
-            velocity(networks.build(name, params, frozen), context, scale),
+            velocity(networks.build(name, params, frozen), context, scale, unguided),
             reference,
             velocity(rounding(networks.build(name, still, frozen)), still_context, scale),
         )

@@ -23,7 +23,7 @@ FIXED = (
     *("extra_inputs", "data.num_frames", "data.max_pixels", "data.height", "data.width"),
     *("max_timestep_boundary", "min_timestep_boundary", "num_inference_steps", "mid_timestep", "final_timestep"),
     *("window.mode", "window.steps", "window.list", "window.stop_input_gradient", "window.direct"),
-    *("sampling.shift", "sampling.guidance_scale", "sampling.negative_prompt"),
+    *("sampling.shift", "sampling.guidance_scale", "sampling.negative_prompt", "sampling.guidance_gradient"),
     *("reward.compat", "reward.channel_order", "reward.detector_size", "reward.use_first_frame", "reward.frames"),
     "reward.people",
 )

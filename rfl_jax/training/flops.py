@@ -88,8 +88,9 @@ def forward_passes(cfg: Config, sampler: Sampler) -> dict[str, float]:
     count: dict[str, float] = {}
     again = {"none": 0, "nested": 2}.get(cfg.policy, 1)
     for steps in taken(cfg, sampler):
-        passes = steps.still + steps.gradient * (again + 2) + steps.references
-        count[steps.expert] = count.get(steps.expert, 0) + passes * sampler.predictions(steps.expert)
+        passes = (steps.still + steps.gradient + steps.references) * sampler.predictions(steps.expert)
+        passes += steps.gradient * (again + 1) * sampler.differentiated(steps.expert)
+        count[steps.expert] = count.get(steps.expert, 0) + passes
     if cfg.real.weight:
         for expert in trained_experts(cfg, sampler):
             count[expert] += (2 if cfg.policy == "none" else 3) / cfg.real.every
@@ -102,8 +103,9 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
     A step without gradient is a forward pass. One with gradient is one as well, another where the reference runs, and a
     backward pass: for weights that stay, as much as forward; for those that train in full, twice; for attention twice, as its
     kernels recompute the scores two and a half times. Rematerialisation executes the forward pass again, under
-    "save_attention" without its attention, under "nested" twice. The real-data loss is one more step with gradient for each
-    DiT that trains, unguided and without a reference, in every `real.every`-th update: its mean counts.
+    "save_attention" without its attention, under "nested" twice. Under guidance there is two of everything; where its
+    unconditional prediction has no gradient, of that prediction only the forward pass. The real-data loss is one more step with
+    gradient for each DiT that trains, unguided and without a reference, in every `real.every`-th update: its mean counts.
 
     Args:
         cfg: what trains, and how.
@@ -118,9 +120,9 @@ def dit_flops(cfg: Config, sampler: Sampler, latents: tuple[int, ...], samples: 
         backward = one.linear * (2 if cfg.trains_in_full(steps.expert) else 1)
         again = {"none": 0.0, "save_attention": one.linear, "nested": 2 * one.total}.get(cfg.policy, one.total)
         forward = (steps.still + steps.gradient + steps.references) * one.total
-        predictions = sampler.predictions(steps.expert)
-        needed += predictions * (forward + steps.gradient * (backward + 2 * one.attention))
-        executed += predictions * (forward + steps.gradient * (backward + 2.5 * one.attention + again))
+        predictions, differentiated = sampler.predictions(steps.expert), sampler.differentiated(steps.expert)
+        needed += predictions * forward + differentiated * steps.gradient * (backward + 2 * one.attention)
+        executed += predictions * forward + differentiated * steps.gradient * (backward + 2.5 * one.attention + again)
     for expert in trained_experts(cfg, sampler) if cfg.real.weight else ():
         backward = one.linear * (2 if cfg.trains_in_full(expert) else 1)
         # Not one of the steps that "nested" rematerialises whole.

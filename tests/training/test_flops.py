@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rfl_jax.config import Config, KLSection, RealSection, RewardSection, WindowSection
+from rfl_jax.config import Config, KLSection, RealSection, RewardSection, SamplingSection, WindowSection
 from rfl_jax.models.wan.config import DIT_PRESETS
 from rfl_jax.models.wan.dit import DiT
 from rfl_jax.rewards.term import TermSettings
@@ -49,6 +49,20 @@ def test_the_untrained_networks_video_takes_every_step_once_more_without_gradien
     sampler = make_sampler(real)
     for a, b in zip(*(dit_flops(cfg, sampler, (21, 60, 60), 2) for cfg in (real, untrained)), strict=True):
         assert b - a == pytest.approx(2 * 8 * dit_forward(A14B, 18_900).total)
+
+
+def test_a_prediction_without_gradient_is_a_forward_pass():
+    both, alone = (
+        Config(remat_policy="save_attention", sampling=SamplingSection(guidance_scale=5.0, guidance_gradient=way))
+        for way in ("both", "conditional")
+    )
+    one = dit_forward(A14B, 18_900)
+    (needed, executed), (less, run) = (dit_flops(cfg, make_sampler(cfg), (21, 60, 60), 1) for cfg in (both, alone))
+    # Four steps with gradient, whose backward pass and second forward pass are left out.
+    assert needed - less == pytest.approx(4 * (one.linear + 2 * one.attention))
+    assert executed - run == pytest.approx(4 * (2 * one.linear + 2.5 * one.attention))
+    again, passes = (forward_passes(cfg, make_sampler(cfg))["dit2"] for cfg in (both, alone))
+    assert again - passes == 4 * 2
 
 
 @pytest.mark.parametrize(("policy", "forward"), [("none", 1), ("full", 2), ("nested", 2)])

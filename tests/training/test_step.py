@@ -413,6 +413,47 @@ def test_first_frame_in_the_latents_has_timestep_zero_and_guidance_extrapolates(
     assert experts["dit"].reference is None
 
 
+def test_guidance_may_have_its_gradient_through_the_prompts_prediction_alone():
+    cfg = dataclasses.replace(DIT_PRESETS["mini"], dim=32, ffn_dim=32, num_heads=2, num_layers=2, boundary=None)
+    rng = np.random.default_rng(0)
+    model = DiT(cfg, rngs=nnx.Rngs(0))
+    base = nnx.split(model)[0]
+    graph, adapters, rest = nnx.split(add_lora(model, rank=2, targets=["q"], key=jax.random.key(0)), nnx.LoRAParam, ...)
+    # Adapters that do something.
+    adapters = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.1, a.shape), jnp.float32), adapters)
+    networks, frozen = Networks({"dit": graph}, {"dit": base}, ("dit",)), Frozen({"dit": rest}, {})
+    x, direction = (jnp.asarray(rng.normal(size=(2, 3, 4, 4, 16)), jnp.float32) for _ in range(2))
+    batch = {
+        "y": jnp.asarray(rng.normal(size=(2, 3, 4, 4, 20)), jnp.float32),
+        "context": jnp.asarray(rng.normal(size=(2, cfg.text_len, cfg.text_dim)), jnp.float32),
+        "negative_context": jnp.asarray(rng.normal(size=(1, cfg.text_len, cfg.text_dim)), jnp.float32),
+    }
+    levels = make_sigmas(8, 5.0)
+    spans = plan_spans(levels, boundary=None, mid=4, final=7)
+
+    def slope(scale, conditional, context="context"):
+        sampler = Sampler(cfg, levels, spans, {"dit": scale}, conditional=conditional)
+        told = batch if context == "context" else batch | {"context": jnp.repeat(batch["negative_context"], 2, 0)}
+
+        def projected(adapters, x):
+            experts, _ = bind_experts(networks, sampler, {"dit": adapters}, frozen, told)
+            velocity = experts["dit"].velocity(x, jnp.full(2, 500.0))
+            return jnp.sum(velocity * direction), velocity
+
+        (_, velocity), slopes = jax.jit(jax.value_and_grad(projected, (0, 1), has_aux=True))(adapters, x)
+        return slopes, velocity
+
+    both, value = slope(3.0, conditional=False)
+    conditional, same = slope(3.0, conditional=True)
+    np.testing.assert_allclose(same, value, rtol=1e-5, atol=1e-5)
+    prompt, without = slope(1.0, False)[0], slope(1.0, False, "negative")[0]
+    # v' + 3 (v - v') with the gradient of v alone, or of both; the latents' own as well as the adapters'.
+    for found, p, w, b in zip(*map(jax.tree.leaves, (conditional, prompt, without, both)), strict=True):
+        assert relative(found, 3 * p) < 1e-4
+        assert relative(b, 3 * p - 2 * w) < 1e-4
+        assert relative(found, b) > 0.1
+
+
 def test_int8_inputs_are_of_forward_passes_without_gradient_alone():
     cfg = dataclasses.replace(DIT_PRESETS["mini"], num_layers=2, boundary=None)
     model = quantize(DiT(cfg, rngs=nnx.Rngs(0)))
