@@ -265,4 +265,8 @@ def test_terms_on_a_mesh_are_those_of_one_device(faces, clips):
     (want, slope), (found, other) = results
     for name in TERMS:
         np.testing.assert_allclose(found[name], want[name], rtol=1e-3, atol=1e-4, err_msg=name)
-    assert np.linalg.norm(other - slope) < 1e-3 * np.linalg.norm(slope)
+    # By frame. In one of them, and in its neighbours by their motion, the detector may still have had a choice that another processor's
+    # rounding turns.
+    error, size = (np.sort(np.sqrt(np.sum(x**2, (2, 3, 4))), None) for x in (other - slope, slope))
+    assert error[-4] < 1e-4 * size.mean()
+    assert error[-1] < 0.03 * size.mean()
