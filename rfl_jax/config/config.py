@@ -212,6 +212,11 @@ class Config(Original):
         return {name: term for name, term in self.terms.items() if term.type != FACE}
 
     @property
+    def held(self) -> Names:
+        """Terms that hold their mean, by name."""
+        return tuple(name for name, term in self.other_terms.items() if term.hold)
+
+    @property
     def needs_untrained(self) -> bool:
         """Whether a term compares with the video that the network before training makes of the same noise."""
         return any(term.against == "untrained" for term in self.terms.values())

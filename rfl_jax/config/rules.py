@@ -36,6 +36,11 @@ def _compares_without_preparing(cfg: Config) -> str:
     return next(found, "")
 
 
+def _cannot_hold(cfg: Config) -> str:
+    """The first term that is to hold a mean which it does not tell; empty if none is."""
+    return next((name for name, x in cfg.terms.items() if x.hold and not find_term(x.type).holds), "")
+
+
 RULES = (
     Rule(
         ("vae_caches", "remat_policy", "use_gradient_checkpointing"),
@@ -144,6 +149,11 @@ RULES = (
         ("sampling.guidance_gradient", "sampling.guidance_scale"),
         lambda cfg: cfg.sampling.guidance_gradient == "both" or cfg.sampling.guidance_scale != 1,
         "both, as sampling.guidance_scale is 1",
+    ),
+    Rule(
+        ("reward.terms",),
+        lambda cfg: not _cannot_hold(cfg),
+        lambda cfg: f"hold false in the row {_cannot_hold(cfg)}, whose term tells no drift",
     ),
     Rule(
         ("reward.terms", "trainable_models", "lora_base_model"),

@@ -144,6 +144,8 @@ def _charts(run: Run) -> list[tuple[str, str]]:
             validated(f"held out: {name}, against the real clip", f"eval_{shown}")
         else:
             course(f"reward: {name}", shown, f"eval_{shown}")
+        course(f"mean that {name} holds: distance", f"{shown}/drift")
+        course(f"mean that {name} holds: push", f"{shown}/push")
     validated("held out: judging embedder", "eval_judge_sim")
     validated("held out: motion, px", "eval_motion")
     validated("held out: copying of the first frame", "eval_copying")

@@ -31,6 +31,10 @@ class TermSettings:
         Literal["real", "untrained"],
         "What training compares with: the real clip, or the video that the network before training makes of the same noise.",
     ] = "real"
+    hold: Annotated[
+        bool,
+        "Besides what `weight` asks of each video, keep their mean where it is compared with, by a push on all of them that adapts.",
+    ] = False
 
 
 # What becomes of a score, not what it is: nothing that is prepared depends on these.
@@ -45,14 +49,17 @@ class TermScore:
         score: [b] higher is better; a finite number even where it says nothing.
         valid: [b] whether it says anything; where not, a video has no reward by this term, and no gradient of it.
         per_frame: [b, t] by frame, on the score's scale.
+        drift: [b] how much more (above 0) or less than what it is compared with a video has, differentiable; of terms that `hold`
+            can be asked of.
     """
 
     score: Float[Array, " b"]
     valid: Bool[Array, " b"]
     per_frame: Float[Array, "b t"]
+    drift: Float[Array, " b"] | None = None
 
 
-jax.tree_util.register_dataclass(TermScore, ["score", "valid", "per_frame"], [])
+jax.tree_util.register_dataclass(TermScore, ["score", "valid", "per_frame", "drift"], [])
 
 
 class Term(nnx.Module):
@@ -68,6 +75,7 @@ class Term(nnx.Module):
         floor: a score that is worth nothing: the alarm counts from there what share of a score was lost.
         network: kind of the converted network that it is constructed with, beside its settings, of which `path` names the folder;
             empty without one. A ValueError of the constructor says what is wrong with the network.
+        holds: whether its scores tell a `drift`.
         whole: whether it compares with the first frame, so that some frames alone (`reward.frames`) are not enough.
         takes: arrays of a prepared clip that it is handed besides its own: "pool".
         version: another number makes what was prepared by its code before unused.
@@ -80,6 +88,7 @@ class Term(nnx.Module):
     std: ClassVar[float] = 1.0
     floor: ClassVar[float] = 0.0
     network: ClassVar[str] = ""
+    holds: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1

@@ -55,6 +55,7 @@ class Motion(Term):
 
     title = "motion like the real clip's"
     mean, std = 0.8, 0.2
+    holds = True
     version = 2
 
     def prepare(self, seen: Seen) -> dict[str, Array]:
@@ -65,7 +66,8 @@ class Motion(Term):
         real = prepared["motion"]
         by_step = jnp.where(both, alikeness(steps, jnp.broadcast_to(real[:, None], steps.shape)), 0)
         valid = jnp.any(both, 1) & prepared["known"]
-        return TermScore(alikeness(_mean(steps, both), real), valid, _with_first(by_step))
+        found = _mean(steps, both)
+        return TermScore(alikeness(found, real), valid, _with_first(by_step), further(found, real))
 
 
 class AntiCopy(Term):
@@ -75,6 +77,7 @@ class AntiCopy(Term):
 
     title = "own motion, not the first frame's copy"
     mean, std = 0.8, 0.2
+    holds = True
     whole = True
 
     def prepare(self, seen: Seen) -> dict[str, Array]:
@@ -84,7 +87,8 @@ class AntiCopy(Term):
         alike, both = map(jnp.asarray, repeats(seen.points, seen.mask))
         real = prepared["copying"]
         by_step = jnp.where(both, own_motion(alike, jnp.broadcast_to(real[:, None], alike.shape)), 0)
-        return TermScore(own_motion(_mean(alike, both), real), jnp.any(both, 1), _with_first(by_step))
+        found = _mean(alike, both)
+        return TermScore(own_motion(found, real), jnp.any(both, 1), _with_first(by_step), found - real)
 
 
 class Landmarks(Term):
@@ -195,7 +199,12 @@ def alikeness(a: Float[Array, "*b"], b: Float[Array, "*b"]) -> Float[Array, "*b"
     """The smaller of two motions in pixels over the larger, its kink at equality rounded: 1 where they are alike, towards 0 where
     one is a multiple of the other.
     """
-    return jnp.exp(-rounded(jnp.log((a + STILL) / (b + STILL)), NEAR_MOTION))
+    return jnp.exp(-rounded(further(a, b), NEAR_MOTION))
+
+
+def further(a: Float[Array, "*b"], b: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """How much further the first of two motions in pixels goes: the logarithm of their ratio, below 0 where it goes less far."""
+    return jnp.log((a + STILL) / (b + STILL))
 
 
 def own_motion(copying: Float[Array, "*b"], real: Float[Array, "*b"]) -> Float[Array, "*b"]:

@@ -81,7 +81,7 @@ class Checkpoints:
         """State with the shapes and shardings of `like`, the random key's data, and the place that it was saved with.
 
         An average that the checkpoint has not begins at its weights, one that `like` has not is left out. A factor that it
-        has not is that of `like`: earlier releases saved none.
+        has not, and what holds a term, are those of `like`: earlier releases saved none.
 
         Raises:
             UserError: the checkpoint does not fit the configuration.
@@ -91,13 +91,13 @@ class Checkpoints:
         with refuse_damage(f"{self._directory}/{step}: {UNREADABLE}"):
             tree = self._manager.item_metadata(step)["state"].tree
             both = tree.keys() & abstract.keys()
-            optional = {"average", "factors"} - both
+            optional = {"average", "factors", "held"} - both
             abstract = {name: part for name, part in abstract.items() if name not in optional}
             tree = {name: part for name, part in tree.items() if name not in optional}
-            if "factors" in tree:
-                known = tree["factors"].keys() & abstract["factors"].keys()
+            for part in {"factors", "held"} & both:
+                known = tree[part].keys() & abstract[part].keys()
                 for parts in (tree, abstract):
-                    parts["factors"] = {name: parts["factors"][name] for name in sorted(known)}
+                    parts[part] = {name: parts[part][name] for name in sorted(known)}
             found = _shapes(tree)
         expected = _shapes(abstract)
         for name in sorted(found.keys() | expected.keys()):
@@ -117,8 +117,8 @@ class Checkpoints:
             key = np.array(values["run"]["key"], np.uint32)
             if key.shape != np.shape(jax.random.key_data(jax.random.key(0))):
                 raise ValueError(f"a random key of shape {key.shape}")
-        factors = like.factors | values["state"].get("factors", {})
-        state = TrainState(**{"average": {}} | values["state"] | {"factors": factors})
+        named = {part: getattr(like, part) | values["state"].get(part, {}) for part in ("factors", "held")}
+        state = TrainState(**{"average": {}} | values["state"] | named)
         if like.average and not state.average:
             places = jax.tree.map(lambda x: x.sharding, like.average)
             copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=places)
@@ -127,9 +127,9 @@ class Checkpoints:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The parts of a state by name; an empty average is not among them."""
+    """The parts of a state by name; an average or what holds terms is not among them where there is none."""
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {name: part for name, part in parts.items() if name != "average" or part}
+    return {name: part for name, part in parts.items() if name not in ("average", "held") or part}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -11,13 +11,15 @@ from jaxtyping import Array, Float
 
 from rfl_jax.config import Config
 from rfl_jax.networks.terms import prepared_for
-from rfl_jax.rewards.face import FaceReward, Score, Seen, real_score, reward_loss
+from rfl_jax.rewards.face import LOSS_WEIGHT, FaceReward, Score, Seen, real_score, reward_loss
 from rfl_jax.rewards.motion import copying, motion, moving_share, own_share
-from rfl_jax.rewards.term import REAL, Prepared, Term
+from rfl_jax.rewards.term import REAL, Prepared, Term, TermScore
 from rfl_jax.sampling.sampler import Batch
 
-# Sum of a term's valid scores, and how many there are.
+# Sum of a term's valid scores or drifts, and how many there are.
 Tally = tuple[Float[Array, ""], Array]
+# What is told of some terms by name: tallies of their scores, and of the drifts of those that hold their mean.
+Told = tuple[dict[str, Tally], dict[str, Tally]]
 
 LOOKED_AT = 0x100C  # folded into the run's key
 
@@ -31,12 +33,14 @@ class Reward:
         score: of the faces.
         guards: metrics of the guards, means over the samples.
         tallies: of each term in `reward.terms`, by name.
+        drifts: of each term that holds its mean, by name.
     """
 
     loss: Float[Array, ""]
     score: Score
     guards: dict[str, Array]
     tallies: dict[str, Tally]
+    drifts: dict[str, Tally]
 
 
 def rewarded(cfg: Config, score: Score, batch: Batch) -> tuple[Float[Array, " b"], dict[str, Array]]:
@@ -77,6 +81,7 @@ def reward_of(
     update: Array | int,
     key: Array,
     untrained: Float[Array, "b t h w 3"] | None = None,
+    pushes: Mapping[str, Array] | None = None,
 ) -> Reward:
     """What videos are rewarded by.
 
@@ -90,13 +95,14 @@ def reward_of(
         key: of the run. With the update it decides which frames terms look at that do not see all, whatever the mesh and the clips,
             and whether or not the run was interrupted.
         untrained: what the network before training makes of the same noise, where a term compares with that.
+        pushes: of terms that hold their mean, by name, see `rfl_jax.training.hold`; none by default.
     """
     key = jax.random.fold_in(jax.random.fold_in(key, LOOKED_AT), update)
     seen = faces.see(video, key)
     score = faces.score(seen, batch)
     loss, guards = rewarded(cfg, score, batch)
     if not cfg.reward.terms:
-        return Reward(jnp.mean(loss), score, guards, {})
+        return Reward(jnp.mean(loss), score, guards, {}, {})
     known = {name: prepared_for(name, term, batch) for name, term in terms.items()}
     if untrained is not None:
         before = faces.see(jax.lax.stop_gradient(untrained), key)
@@ -105,38 +111,42 @@ def reward_of(
             for name, term in terms.items()
         }
 
-    def of_terms(names: list[str], seen: Seen) -> tuple[Float[Array, ""], dict[str, Tally]]:
-        """What terms add to the loss, and the tallies of those besides the face's."""
-        total, tallies = jnp.float32(0), {}
+    def of_terms(names: list[str], seen: Seen) -> tuple[Float[Array, ""], Told]:
+        """What terms add to the loss, and what is told of those besides the face's."""
+        total, tallies, drifts = jnp.float32(0), {}, {}
         for name in names:
             weight = cfg.terms[name].weight
             if name in terms:
-                value, tallies[name] = _of_term(terms[name], seen, known[name])
+                found = terms[name](seen, known[name])
+                value, tallies[name] = _of_term(terms[name], seen, known[name], found)
+                if terms[name].cfg.hold:
+                    pushed, drifts[name] = _held(terms[name], found, (pushes or {}).get(name, 0.0))
+                    total = total + pushed
             else:
                 value = jnp.mean(rewarded(cfg, faces.score(seen, batch), batch)[0])
             # What is only watched has no gradient.
             total = total + weight * (value if weight else jax.lax.stop_gradient(value))
-        return total, tallies
+        return total, (tallies, drifts)
 
     turns: dict[int, list[str]] = {}
     for name, term in cfg.terms.items():
         turns.setdefault(term.every, []).append(name)
-    total, tallies = jnp.float32(0), {}
+    total, tallies, drifts = jnp.float32(0), {}, {}
     for every, names in turns.items():
         ours = partial(of_terms, names)
-        value, found = ours(seen) if every == 1 else _in_turn(ours, seen, every, update)
-        total, tallies = total + every * value, tallies | found
+        value, told = ours(seen) if every == 1 else _in_turn(ours, seen, every, update)
+        total, tallies, drifts = total + every * value, tallies | told[0], drifts | told[1]
     # The face is looked at in every update, whether it is trained on or not.
     faces_tally = {name: _tally(score.score, score.valid) for name in cfg.terms if name not in terms}
-    return Reward(total, score, guards, tallies | faces_tally)
+    return Reward(total, score, guards, tallies | faces_tally, drifts)
 
 
 def _in_turn(
-    terms: Callable[[Seen], tuple[Float[Array, ""], dict[str, Tally]]], seen: Seen, every: int, update: Array | int
-) -> tuple[Float[Array, ""], dict[str, Tally]]:
+    terms: Callable[[Seen], tuple[Float[Array, ""], Told]], seen: Seen, every: int, update: Array | int
+) -> tuple[Float[Array, ""], Told]:
     """What terms give in every `every`-th update, in the others of which nothing of them runs: zeros."""
 
-    def taught(frames: Array) -> tuple[tuple[Float[Array, ""], dict[str, Tally]], Array]:
+    def taught(frames: Array) -> tuple[tuple[Float[Array, ""], Told], Array]:
         return jax.value_and_grad(lambda x: terms(seen.at(x)), has_aux=True)(frames)
 
     def left_out(frames: Array) -> Any:
@@ -145,8 +155,8 @@ def _in_turn(
     # Forward and backward pass are in one branch: activations do not leave it. What leaves is the derivative by the pixels, which
     # stands for all that was done to them.
     frames = jax.lax.stop_gradient(seen.frames)
-    (value, tallies), pull = jax.lax.cond(update % every == 0, taught, left_out, frames)
-    return value + jnp.sum(pull * (seen.frames - frames), dtype=jnp.float32), tallies
+    (value, told), pull = jax.lax.cond(update % every == 0, taught, left_out, frames)
+    return value + jnp.sum(pull * (seen.frames - frames), dtype=jnp.float32), told
 
 
 def _tally(score: Float[Array, " b"], valid: Array) -> Tally:
@@ -160,8 +170,15 @@ def _anew(term: Term, seen: Seen, prepared: Prepared) -> Prepared:
     return {**prepared, REAL: term(seen, prepared).score} if term.cfg.ceiling else prepared
 
 
-def _of_term(term: Term, seen: Seen, prepared: Prepared) -> tuple[Float[Array, ""], Tally]:
-    """The mean loss of a term over the samples of which it says something, none of the others; and its tally."""
-    found = term(seen, prepared)
+def _of_term(term: Term, seen: Seen, prepared: Prepared, found: TermScore) -> tuple[Float[Array, ""], Tally]:
+    """The mean loss of a term's score over the samples of which it says something, none of the others; and its tally."""
     judged = jnp.minimum(found.score, term.ceiling(seen, prepared)) if term.cfg.ceiling else found.score
     return jnp.mean(jnp.where(found.valid, term.loss(judged), 0.0)), _tally(found.score, found.valid)
+
+
+def _held(term: Term, found: TermScore, push: Array | float) -> tuple[Float[Array, ""], Tally]:
+    """What a term that holds its mean adds to the loss, a push of 1 as strong as its score of weight 1; and the tally of drifts."""
+    if found.drift is None:
+        raise ValueError(f"{type(term).__name__} holds no mean: its scores tell no drift")
+    pushed = push * jnp.mean(jnp.where(found.valid, found.drift, 0.0)) / term.std * LOSS_WEIGHT
+    return pushed, _tally(found.drift, found.valid)

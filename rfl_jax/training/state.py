@@ -15,6 +15,7 @@ from rfl_jax.models.weights import fill_state
 from rfl_jax.networks.parts import States
 from rfl_jax.networks.table import sharding_table
 from rfl_jax.sharding import replicated, shardings
+from rfl_jax.training.hold import unheld
 
 FACTORS = ("learning_rate", "kl")  # of alarms
 
@@ -35,6 +36,7 @@ class TrainState:
         average: exponential moving average of `params`, float32; empty without `ema.decay`.
         factors: of "learning_rate" and "kl" (the KL's weight): 1, until alarms change them (`guard.on_alarm`). With
             `kl.target` also "kl_target", of the KL's weight, which keeps the KL within its budget.
+        held: of each term that holds its mean, by name, see `rfl_jax.training.hold`.
     """
 
     step: Any
@@ -42,6 +44,7 @@ class TrainState:
     opt_state: Any
     average: States = dataclasses.field(default_factory=dict)
     factors: dict[str, Any] = dataclasses.field(default_factory=lambda: dict.fromkeys(FACTORS, jnp.float32(1)))
+    held: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def tuned(self) -> States:
@@ -60,7 +63,7 @@ class TrainState:
         return kl * self.factors["kl_target"] if "kl_target" in self.factors else kl
 
 
-jax.tree_util.register_dataclass(TrainState, ["step", "params", "opt_state", "average", "factors"], [])
+jax.tree_util.register_dataclass(TrainState, ["step", "params", "opt_state", "average", "factors", "held"], [])
 
 
 def start_from(cfg: Config, params: States) -> States:
@@ -80,7 +83,7 @@ def create_state(params: States, tx: optax.GradientTransformation, cfg: Config) 
     """The state before the first update. The average begins at the weights."""
     average = jax.tree.map(jnp.copy, params) if cfg.ema.decay else {}
     factors = dict.fromkeys(factor_names(cfg), jnp.float32(1))
-    return TrainState(jnp.int32(0), params, tx.init(params), average, factors)
+    return TrainState(jnp.int32(0), params, tx.init(params), average, factors, {name: unheld() for name in cfg.held})
 
 
 def follow(average: States, params: States, decay: float, updates: Int[Array, ""]) -> States:
@@ -131,4 +134,5 @@ def state_places(params: States, tx: optax.GradientTransformation, cfg: Config, 
         jax.tree.map(placed, abstract.opt_state, is_leaf=is_moments),
         places if cfg.ema.decay else {},
         dict.fromkeys(factor_names(cfg), whole),
+        {name: dict.fromkeys(unheld(), whole) for name in cfg.held},
     )

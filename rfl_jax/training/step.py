@@ -1,7 +1,7 @@
 """The loss of Reward Feedback Learning and the step that minimises it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from rfl_jax.sampling.sampler import Batch, Sampler, bind_experts, latent_shape,
 from rfl_jax.sampling.window import draw_frames
 from rfl_jax.training.budget import adapted
 from rfl_jax.training.finite import finite_gradients, finite_weights
+from rfl_jax.training.hold import followed, push
 from rfl_jax.training.rewarded import reward_of
 from rfl_jax.training.state import TrainState, follow
 
@@ -30,12 +31,14 @@ Metrics = dict[str, Any]
 GUARDS = "guards"
 # And those of the terms in `reward.terms`, by name: the sum of their valid scores, and how many there are.
 TERMS = "terms"
+# Likewise the drifts of terms that hold their mean.
+DRIFTS = "drifts"
 Step = Callable[[TrainState, Frozen, Batch, Array], tuple[TrainState, Metrics]]
 
 
 def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[..., tuple[Array, Metrics]]:
-    """`(params, frozen, batch, key, update=0, kl_factor=1) -> (loss, metrics)` of one micro-batch, after so many updates and
-    with so many times the KL's weight.
+    """`(params, frozen, batch, key, update=0, kl_factor=1, pushes=None) -> (loss, metrics)` of one micro-batch, after so many
+    updates, with so many times the KL's weight and these pushes on terms that hold their mean.
 
     A batch may bring the latents it starts from: "prefix", after steps that are not the sampler's, or "noise".
     """
@@ -47,6 +50,7 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
         key: Array,
         update: Array | int = 0,
         kl_factor: Array | float = 1.0,
+        pushes: Mapping[str, Array] | None = None,
     ) -> tuple[Array, Metrics]:
         experts, keep = bind_experts(networks, sampler, params, frozen, batch)
         start = batch.get("prefix", batch.get("noise"))
@@ -65,7 +69,7 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
         with phase_scope("reward"):
             terms = build_terms(cfg, networks, params, frozen)
             faces = networks.build("reward", params, frozen)
-            reward = reward_of(cfg, faces, terms, video, batch, update, key, untrained)
+            reward = reward_of(cfg, faces, terms, video, batch, update, key, untrained, pushes)
         kl, score = jnp.mean(kls), reward.score
         value = cfg.reward.weight * reward.loss + cfg.reward.kl_weight * kl_factor * kl
         count = jnp.sum(score.valid)
@@ -78,6 +82,7 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
             "video": jnp.clip(jnp.rint((video[0] + 1) * 127.5), 0, 255).astype(jnp.uint8),
             GUARDS: reward.guards,
             TERMS: reward.tallies,
+            DRIFTS: reward.drifts,
         }
         return value, metrics
 
@@ -93,7 +98,7 @@ def decode_scored(cfg: Config, vae: VAE, latents: Array, key: Array, update: Arr
 
 
 def make_gradient(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[..., Any]:
-    """`(params, frozen, batch, key, update, kl_factor) -> ((loss, metrics), gradients)` of one micro-batch: of `make_loss`, and
+    """`(params, frozen, batch, key, update, kl_factor, pushes) -> ((loss, metrics), gradients)` of one micro-batch: of `make_loss`, and
     of the real-data loss in every `real.every`-th update, in the others of which nothing of it runs.
     """
     ours = jax.value_and_grad(make_loss(cfg, networks, sampler), has_aux=True)
@@ -101,7 +106,13 @@ def make_gradient(cfg: Config, networks: Networks, sampler: Sampler) -> Callable
         return ours
 
     def gradient(
-        params: States, frozen: Frozen, batch: Batch, key: Array, update: Array, kl_factor: Array
+        params: States,
+        frozen: Frozen,
+        batch: Batch,
+        key: Array,
+        update: Array,
+        kl_factor: Array,
+        pushes: Mapping[str, Array],
     ) -> tuple[tuple[Array, Metrics], States]:
         def matched(params: States) -> Array:
             return cfg.real.weight * real_loss(cfg, networks, sampler, params, frozen, batch, key, update)
@@ -112,7 +123,7 @@ def make_gradient(cfg: Config, networks: Networks, sampler: Sampler) -> Callable
         due = update % cfg.real.every == 0
         # Forward and backward pass are in one branch: activations do not leave it.
         real, pull = jax.lax.cond(due, jax.value_and_grad(matched), left_out, params)
-        (value, metrics), grads = ours(params, frozen, batch, key, update, kl_factor)
+        (value, metrics), grads = ours(params, frozen, batch, key, update, kl_factor, pushes)
         value = value + real
         guards = metrics[GUARDS] | {"real_loss": jnp.where(due, real / cfg.real.weight, jnp.nan)}
         return (value, metrics | {"loss": value, GUARDS: guards}), jax.tree.map(jnp.add, grads, pull)
@@ -160,7 +171,8 @@ def make_step(
     grad = make_gradient(cfg, networks, sampler)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        told = {"key": key, "update": state.step, "kl_factor": state.kl_factor}
+        pushes = {name: push(held) for name, held in state.held.items()}
+        told = {"key": key, "update": state.step, "kl_factor": state.kl_factor, "pushes": pushes}
         grads, metrics = accumulate(partial(grad, state.params, frozen, **told), batch, state.params)
         before = state
         if cfg.optimizer_memory != "device":
@@ -180,7 +192,9 @@ def make_step(
                 # An alarm that raises the KL's weight lowers its budget: otherwise the budget would undo it.
                 used = state.factors["kl"] * jnp.mean(metrics["kl_loss"])
                 factors = factors | {"kl_target": adapted(factors["kl_target"], used, cfg.kl.target)}
-            kept = TrainState(state.step + 1, params, opt_state, average, factors)
+            drifts = {name: (jnp.sum(total), jnp.sum(count)) for name, (total, count) in metrics[DRIFTS].items()}
+            held = {name: followed(state.held[name], *drifts[name]) for name in state.held}
+            kept = TrainState(state.step + 1, params, opt_state, average, factors, held)
             kept = jax.tree.map(partial(jnp.where, jnp.all(finite)), kept, before)
         means = {
             "loss": jnp.mean(metrics["loss"]),
@@ -194,6 +208,8 @@ def make_step(
             "video": metrics["video"][0],
             **jax.tree.map(jnp.mean, metrics[GUARDS]),
             **{shown_as(name): jnp.sum(total) / jnp.sum(count) for name, (total, count) in metrics[TERMS].items()},
+            **{f"{shown_as(name)}/drift": total / count for name, (total, count) in drifts.items()},
+            **{f"{shown_as(name)}/push": pushed for name, pushed in pushes.items()},
         }
         if cfg.kl.target:
             means["kl_weight"] = cfg.reward.kl_weight * state.kl_factor

@@ -120,6 +120,16 @@ def test_equal_motions_have_no_kink():
     assert float(slope(motion, 10 * motion)) == pytest.approx(np.exp(0.1) / 7.1, rel=0.01)
 
 
+def test_drifts_tell_which_way_a_video_differs(judged, clips):
+    real, _ = judged(clips, clips)
+    slower, _ = judged(DAMAGES["motion"](clips), clips)
+    for name, way in (("motion", -1), ("anti_copy", 1)):
+        np.testing.assert_allclose(real[name].drift, 0, atol=1e-5)
+        assert (way * slower[name].drift > 0.02).all(), name
+    # Half of the motion is left, beside which a tenth of a pixel counts.
+    assert slower["motion"].drift.mean() == pytest.approx(np.log(0.5), abs=0.25)
+
+
 def test_copying_as_much_as_the_other_has_no_kink():
     real = jnp.float32(0.4)
     slope = jax.grad(own_motion)

@@ -16,6 +16,8 @@ from rfl_jax.sharding import make_mesh
 from rfl_jax.training.budget import MOST, adapted
 from rfl_jax.training.checkpoint import Checkpoints
 from rfl_jax.training.guard import lowered
+from rfl_jax.training.hold import MOST as MOST_HELD
+from rfl_jax.training.hold import STRENGTH, followed, push, unheld
 from rfl_jax.training.loop import METRICS
 from rfl_jax.training.rewarded import rewarded
 from tests.runs import open_run
@@ -109,6 +111,27 @@ def test_the_weight_of_the_kl_follows_its_budget():
     assert max(course) > 2 * target
     assert max(course[-100:]) < 1.1 * target
     assert min(course[-100:]) > target / 1.5
+
+
+def test_a_push_holds_a_mean_that_answers_late():
+    # Pulled away steadily; what pushes it back is felt a tenth in each update, as by Adam's momentum.
+    rng = np.random.default_rng(0)
+    drift, speed, held, course = 0.0, 0.0, unheld(), []
+    for _ in range(400):
+        speed += 0.1 * (0.01 - 0.012 * float(push(held)) - speed)
+        drift += speed
+        told = drift + rng.normal(0, 0.1)
+        held = followed(held, jnp.float32(8 * told), jnp.int32(8))
+        course.append(drift)
+    assert max(course) < 0.25
+    assert abs(np.mean(course[50:])) < 0.02
+    assert np.std(course[50:]) < 0.1
+    # Videos that tell nothing change nothing, and what gathers has an end.
+    assert followed(held, jnp.float32(0), jnp.int32(0)) == held
+    for _ in range(100):
+        held = followed(held, jnp.float32(-1), jnp.int32(1))
+    assert float(held["sum"]) == -MOST_HELD
+    assert float(push(held)) == pytest.approx(-MOST_HELD - STRENGTH)
 
 
 def test_guards_of_a_run(settings, tmp_path, clip_folder):

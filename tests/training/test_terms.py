@@ -26,6 +26,7 @@ from rfl_jax.runs import RunFolder
 from rfl_jax.settings import AtLeast
 from rfl_jax.sharding import make_mesh
 from rfl_jax.training.flops import dit_flops
+from rfl_jax.training.hold import followed, push, unheld
 from rfl_jax.training.loop import train
 from rfl_jax.training.rewarded import reward_of
 from rfl_jax.training.validation import Terms, alarm
@@ -73,31 +74,36 @@ def parsed(changes):
 
 
 class Against(Level):
-    """How much brighter than what was prepared, which is the mean of the pixels."""
+    """How much brighter than what was prepared, which is the mean of the pixels; three times as much is its drift."""
+
+    holds = True
 
     def prepare(self, seen):
         return {"mean": jnp.mean(seen.video, (1, 2, 3, 4))}
 
     def __call__(self, seen, prepared):
         found = super().__call__(seen, prepared)
-        return dataclasses.replace(found, score=found.score - prepared["mean"])
+        more = found.score - prepared["mean"]
+        return dataclasses.replace(found, score=more, drift=3 * more)
 
 
 @pytest.fixture(scope="module")
 def reward():
-    """`reward(cfg, update, real) -> (loss, gradient by the pixels, tallies)` of two grey videos, whose second one says nothing."""
+    """`reward(cfg, update, real) -> (loss, gradient by the pixels, tallies)` of two grey videos, whose second one says nothing. The
+    drifts are among the tallies.
+    """
     faces = make_reward()
     video = jnp.full((2, 5, 32, 32, 3), 0.25)
 
-    def call(cfg, update=0, real=1.0, untrained=None):
+    def call(cfg, update=0, real=1.0, untrained=None, pushes=None):
         terms = {name: find_term(term.type)(term) for name, term in cfg.other_terms.items()}
         batch = {"pool": jnp.ones((2, 5, 8)), **{f"reward/{name}/real": jnp.full(2, real) for name in terms}}
         batch |= {f"reward/{name}/mean": jnp.full(2, 0.125) for name, term in terms.items() if type(term) is Against}
 
         def total(video, update):
             before = None if untrained is None else untrained * video
-            found = reward_of(cfg, faces, terms, video, batch, update, jax.random.key(0), before)
-            return found.loss, found.tallies
+            found = reward_of(cfg, faces, terms, video, batch, update, jax.random.key(0), before, pushes)
+            return found.loss, found.tallies | {f"{name}/drift": drift for name, drift in found.drifts.items()}
 
         (loss, tallies), slope = jax.jit(jax.value_and_grad(total, has_aux=True))(video, jnp.int32(update))
         jax.effects_barrier()
@@ -161,9 +167,33 @@ def test_every_third_update_has_a_term_three_times_as_strong_and_the_others_do_n
     assert [x[2]["a"] for x in found] == [tallies["a"], (0, 0), (0, 0)] * 2
 
 
+def test_a_term_that_holds_its_mean_pushes_all_videos_alike(reward):
+    kind = "tests.training.test_terms:Against"
+    row = {"type": kind, "weight": 0.5}
+    loss, slope, tallies = reward(with_terms(a=row))
+    drift = 3 * (2 * 0.25 - 0.125)
+    held, pushed, told = reward(with_terms(a=row | {"hold": True}), pushes={"a": jnp.float32(-2)})
+    assert held - loss == pytest.approx(-2 * drift / 2 / 0.5 * LOSS_WEIGHT, rel=1e-5)
+    assert told == tallies | {"a/drift": pytest.approx((drift, 1))}
+    pixels = slope[0].size
+    np.testing.assert_allclose((pushed - slope)[0], -2 * 3 * 2 / 2 / 0.5 * LOSS_WEIGHT / pixels, rtol=1e-4)
+    assert not (pushed - slope)[1].any()
+    # Nothing is pushed before anything has drifted, and nothing where it is not the term's turn.
+    np.testing.assert_array_equal(reward(with_terms(a=row | {"hold": True}), pushes={"a": jnp.float32(0)})[1], slope)
+    seldom = with_terms(a=row | {"hold": True, "every": 2})
+    taught, left = (reward(seldom, update, pushes={"a": jnp.float32(-2)}) for update in (0, 1))
+    np.testing.assert_allclose(taught[1], 2 * pushed, rtol=1e-5)
+    assert taught[2] == told
+    assert not left[1].any()
+    assert left[2] == {"a": (0, 0), "a/drift": (0, 0)}
+    # A term that is only watched may hold its mean.
+    alone = with_terms(face={}, a=row | {"weight": 0.0, "hold": True})
+    np.testing.assert_allclose(reward(alone, pushes={"a": jnp.float32(-2)})[1], pushed - slope, rtol=1e-4)
+
+
 SEVERAL = {
     "face": {},
-    "motion": {"weight": 0.5, "against": "untrained"},
+    "motion": {"weight": 0.5, "against": "untrained", "hold": True},
     "light": {"type": "examples.own_reward:Brightness", "weight": 0.5, "every": 2},
     "level": {"type": LEVEL, "weight": 0.0},
     "sharpness": {"weight": 0.25},
@@ -192,6 +222,12 @@ def test_a_run_of_several_terms_trains_validates_and_reports_each(settings, tmp_
         assert line["reward/level"] is not None
     # Adapters begin at zero, with what the network makes untrained.
     assert first["reward/motion"] == 1 > second["reward/motion"]
+    assert abs(first["reward/motion/drift"]) < 1e-4 < abs(second["reward/motion/drift"])
+    assert first["reward/motion/push"] == 0
+    held = followed(unheld(), jnp.float32(first["reward/motion/drift"]), jnp.int32(1))
+    assert second["reward/motion/push"] == pytest.approx(float(push(held)))
+    held = followed(held, jnp.float32(second["reward/motion/drift"]), jnp.int32(1))
+    assert jax.tree.map(float, trained.state.held) == {"motion": pytest.approx(jax.tree.map(float, held))}
     # In the second update it is not this term's turn.
     assert 0 < first["reward/light"] <= 1
     assert second["reward/light"] is None
@@ -306,6 +342,8 @@ def test_prepared_arrays_are_known_by_what_they_depend_on(tmp_path, monkeypatch)
         ({"reward.terms": {"face": {}}, "reward.ceiling": True}, "config.reward.ceiling: expected false, as each term"),
         ({"reward.terms": {"anti_copy": {}}, "reward.frames": 1}, "config.reward.frames: expected 0, as the term anti_copy"),
         ({"reward.terms": {"face": {"against": "untrained"}}}, "config.reward.terms: expected against real in the row face"),
+        ({"reward.terms": {"sharpness": {"hold": True}}}, "config.reward.terms: expected hold false in the row sharpness, whose term tells no drift"),
+        ({"reward.terms": {"motion": {"hold": 3}}}, "config.reward.terms.motion.hold: expected bool, got 3"),
         ({"reward.terms": {"motion": {"against": "base"}}}, "config.reward.terms.motion.against: expected real or untrained"),
         (
             {"reward.terms": {"motion": {"against": "untrained"}}, "trainable_models": "vae", "lora_base_model": ""},
