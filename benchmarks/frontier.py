@@ -43,6 +43,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "face weighed by motion and copying": ALONE | {"motion.weight": 1, "motion.copy_weight": 1},
     "without the term for motion": {"reward.terms.motion.weight": 0},
     "without the term against copying": {"reward.terms.anti_copy.weight": 0},
+    "means held": {
+        "reward.terms.motion.hold": True,
+        "reward.terms.motion.weight": 0.3,
+        "reward.terms.anti_copy.hold": True,
+        "reward.terms.anti_copy.weight": 1,
+        "reward.kl_weight": 0.1,
+    },
     "no KL": {"reward.kl_weight": 0},
     "KL 1": {"reward.kl_weight": 1},
     "real data 0.3": {"real.weight": 0.3},

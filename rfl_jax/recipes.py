@@ -21,8 +21,8 @@ def guarded(config: ConfigDict) -> ConfigDict:
     """
     terms = {
         "face": {"weight": 1.0},
-        "motion": {"weight": 1.0, "against": "untrained"},
-        "anti_copy": {"weight": 1.7, "against": "untrained"},
+        "motion": {"weight": 1.0, "against": "untrained", "hold": False},
+        "anti_copy": {"weight": 1.7, "against": "untrained", "hold": False},
     }
     config.update_from_flattened_dict(
         {

@@ -95,9 +95,11 @@ class Checkpoints:
             abstract = {name: part for name, part in abstract.items() if name not in optional}
             tree = {name: part for name, part in tree.items() if name not in optional}
             for part in {"factors", "held"} & both:
-                known = tree[part].keys() & abstract[part].keys()
+                known = sorted(tree[part].keys() & abstract[part].keys())
                 for parts in (tree, abstract):
-                    parts[part] = {name: parts[part][name] for name in sorted(known)}
+                    named = parts.pop(part)
+                    if known:
+                        parts[part] = {name: named[name] for name in known}
             found = _shapes(tree)
         expected = _shapes(abstract)
         for name in sorted(found.keys() | expected.keys()):

@@ -136,6 +136,6 @@ def _restored(run: Run, checkpoints: Checkpoints, step: int, *, own: bool) -> Pr
         then = "weights and optimizer go on, the clips begin anew" if moved else "the epoch goes on in its order"
         print(f"{run.cfg.file_name}: since step {step}: {change.text}; {then}", file=sys.stderr)
     went_back = place.get("went_back", 0) if own else 0
-    if not own:  # another run's alarms are none of this one
-        state = dataclasses.replace(state, factors=run.state.factors)
+    if not own:  # another run's alarms and pushes are none of this one
+        state = dataclasses.replace(state, factors=run.state.factors, held=run.state.held)
     return Progress(step, state, random_key(key, run.mesh), data, order, went_back=went_back)

@@ -198,6 +198,17 @@ def test_guards_of_a_run(settings, tmp_path, clip_folder):
             "kl_target": 1,
         }
         assert equal(snapshot(checkpoints.restore(1, without)[0]), snapshot(without))
+        # What holds a term likewise.
+        held = {"motion": {"recent": jnp.float32(0.1), "sum": jnp.float32(-2)}}
+        checkpoints.save(3, dataclasses.replace(raised, held=held), key, {})
+        checkpoints.wait()
+        both = dataclasses.replace(raised, held={name: unheld() for name in ("anti_copy", "motion")})
+        restored = checkpoints.restore(3, both)[0]
+        assert equal(snapshot(restored.held), snapshot({"anti_copy": unheld(), **held}))
+        assert checkpoints.restore(3, raised)[0].held == {}
+        other = dataclasses.replace(raised, held={"anti_copy": unheld()})
+        for step in (1, 3):
+            assert equal(snapshot(checkpoints.restore(step, other)[0].held), snapshot(other.held))
 
 
 @pytest.mark.slow
