@@ -6,7 +6,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
@@ -143,6 +143,19 @@ def _reason(error: Exception, distributed: bool) -> str:
     return failure(error) if distributed else ""
 
 
+def _not_in_a_table(argv: Sequence[str], error: Exception) -> str:
+    """The line on a flag that changes a row of a table, or a setting of one, which the config file does not name; empty if no flag is
+    the reason.
+    """
+    # ml_collections quotes the name, and may guess another one in a second line.
+    missing = str(error.args[0] if error.args else "").split("\n")[0].strip("\"'")
+    for word in argv:
+        found = re.match(r"--?config\.([\w.]+)(?:=|$)", word)
+        if found and missing in found[1].split("."):
+            return f"config.{found[1]}: expected what the config file names, as flags change only that: {missing!r} is not in it"
+    return ""
+
+
 def run(main: Callable[[], None], command: str) -> None:
     """Runs a command; bad flags and bad inputs end in one line and exit status 2, `--help` in its text and status 0."""
     if not HELP.isdisjoint(sys.argv[1:]):
@@ -164,7 +177,7 @@ def run(main: Callable[[], None], command: str) -> None:
             ) from None
         # A config file is a program: whatever it raises is its author's to read, in one line.
         except Exception as error:
-            raise UserError(first_line(error)) from None
+            raise UserError(_not_in_a_table(argv, error) or first_line(error)) from None
         if len(rest) > 1:
             raise UserError(f"{rest[1]}: unexpected argument, expected --flag=value")
         return rest

@@ -75,6 +75,25 @@ def test_an_errors_first_line_is_its_types_name_where_it_says_nothing():
     assert first_line(ValueError()) == "ValueError"
 
 
+@pytest.mark.parametrize("flag", ["config.reward.terms.motion.every", "config.reward.terms.light.weight"])
+def test_a_flag_that_changes_what_a_table_has_not_is_named(flag, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "rfl_jax.train",
+        "--config=configs/wan2_2_ti2v_5b.py",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    done = subprocess.run([*command, f"--{flag}=2"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    missing = "every" if flag.endswith("every") else "light"
+    expected = (
+        f"train: {flag}: expected what the config file names, as flags change only that: {missing!r} is not in it\n"
+    )
+    assert done.stderr == expected
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_option_that_the_compiler_does_not_know_is_a_bad_input(tmp_path, clip_folder):
     arguments = [
         "--config=configs/mini.py",
