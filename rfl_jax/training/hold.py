@@ -9,8 +9,8 @@ them, and the only question is how strong it has to be. It is answered as a ther
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Chosen on a drift that answers late, by Adam's momentum, and is told with an error of 0.1, as by the miniature's batches of eight:
-# of half and twice as strong an answer all of these still keep the mean; stronger ones swing, weaker ones come too late for 50 updates.
+# For a drift that answers late, by Adam's momentum, and is told with an error of 0.1, as by the miniature's batches of eight, see
+# `test_a_push_holds_a_mean_that_answers_late`. Twice the strength and five times the gathering swing, also on the miniature.
 MEMORY = 0.5  # of the moving mean of drifts
 STRENGTH = 5.0  # of the push by that mean: a drift of 0.1 is met by a push half as strong as a term of weight 1
 GATHERED = 0.2  # of the push by the sum of all drifts

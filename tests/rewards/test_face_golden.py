@@ -98,13 +98,17 @@ def test_embedding_and_pixel_gradient(variant):
     folder, config, io = case("arcface")
     model = arcface.load(folder / f"model_{variant}.onnx")
     assert (model.cfg.widths, model.cfg.layers) == (tuple(config["widths"]), tuple(config["layers"]))
-    crops = io["in.crops"].transpose(0, 2, 3, 1)
+    crops, rng = io["in.crops"].transpose(0, 2, 3, 1), np.random.default_rng(0)
     for name, order in (("rgb", slice(None)), ("channel_swapped", slice(None, None, -1))):
-        embedding, pull = jax.vjp(lambda x, order=order: model(x[..., order]), jnp.asarray(crops))
-        assert relative(embedding, io[f"out.embedding_{name}"]) < 1e-4
-        (grad,) = pull(jnp.asarray(io["in.c"]))
-        # Where an activation is all but zero rounding decides on which side of its kink it is: 1.0e-3 on one kind of processor.
-        assert relative(grad.transpose(0, 3, 1, 2), io[f"grad.crops_{name}"]) < 2e-3
+        errors = []
+        # An activation of the first crop is all but zero, and the processor's rounding decides on which side of its kink it is: the
+        # reference's gradient is that of these crops or of others no further away than rounding.
+        for crop in (crops, *(crops + 1e-6 * rng.normal(size=crops.shape).astype(np.float32) for _ in range(5))):
+            embedding, pull = jax.vjp(lambda x, order=order: model(x[..., order]), jnp.asarray(crop))
+            assert relative(embedding, io[f"out.embedding_{name}"]) < 1e-4
+            (grad,) = pull(jnp.asarray(io["in.c"]))
+            errors.append(relative(grad.transpose(0, 3, 1, 2), io[f"grad.crops_{name}"]))
+        assert min(errors) < 1e-3
 
 
 def test_pooled_score_cases():
