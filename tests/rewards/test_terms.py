@@ -253,7 +253,8 @@ def test_terms_on_a_mesh_are_those_of_one_device(faces, clips):
     faces = FaceReward(faces.detector, faces.embedder, RewardConfig(detector_size=world.SIZE, compat="roll"))
     graph, weights = nnx.split(faces)
     # Where drawn pictures are flat, the detector's pooling has a choice of pixels, which rounding errors would turn as well.
-    clips = 0.9 * clips + 0.02 * jax.random.normal(jax.random.key(3), clips.shape)
+    # With this noise none of them turns (8e-6; with key 3 one frame does on some processors, 1.5e-3).
+    clips = 0.9 * clips + 0.02 * jax.random.normal(jax.random.key(5), clips.shape)
     video = DAMAGES["motion"](clips)
 
     def total(weights, video, real):
@@ -275,8 +276,4 @@ def test_terms_on_a_mesh_are_those_of_one_device(faces, clips):
     (want, slope), (found, other) = results
     for name in TERMS:
         np.testing.assert_allclose(found[name], want[name], rtol=1e-3, atol=1e-4, err_msg=name)
-    # By frame. In one of them, and in its neighbours by their motion, the detector may still have had a choice that another processor's
-    # rounding turns.
-    error, size = (np.sort(np.sqrt(np.sum(x**2, (2, 3, 4))), None) for x in (other - slope, slope))
-    assert error[-4] < 1e-4 * size.mean()
-    assert error[-1] < 0.03 * size.mean()
+    assert np.linalg.norm(other - slope) < 1e-3 * np.linalg.norm(slope)

@@ -67,9 +67,9 @@ def cosine(a, b):
 
 def test_every_mesh_gives_the_gradients_of_one_device(settings, tmp_path):
     # The other pre-processing rounds pixels to 8 bits before detection: a rounding error that turns one of them moves
-    # the detected points, and the gradient by 1e-3. Other choices turn as well, by the processor's rounding: with this seed nothing
-    # does on some (below 1e-4), something by 2.7e-4 on others, which is why the bound is that of gradients against references.
-    smooth = {"seed": 4, "reward.compat": "roll", "num_inference_steps": 4, "mid_timestep": 2, "final_timestep": 3}
+    # the detected points, and the gradient by 1e-3. The seed is one at which nothing else turns so (4e-5 at most; with seed 4 something
+    # does on some processors, and moves it by 2.7e-4).
+    smooth = {"seed": 6, "reward.compat": "roll", "num_inference_steps": 4, "mid_timestep": 2, "final_timestep": 3}
     one = settings(**smooth, train_batch_size=8, per_device_train_batch_size=8)
     want_loss, want_score, want = gradients(open_run(one, tmp_path))
     want = snapshot(want)
@@ -83,7 +83,7 @@ def test_every_mesh_gives_the_gradients_of_one_device(settings, tmp_path):
         np.testing.assert_allclose((loss, score), (want_loss, want_score), rtol=1e-4, err_msg=str(cfg.mesh))
         if fsdp * context > 1:
             assert all(not g.sharding.is_fully_replicated for g in jax.tree.leaves(grads))
-        assert relative(flat(grads), flat(want)) < 1e-3, cfg.mesh
+        assert relative(flat(grads), flat(want)) < 1e-4, cfg.mesh
 
 
 def test_weights_and_moments_in_host_memory_change_nothing(settings, tmp_path):
