@@ -157,6 +157,21 @@ def test_refusals_tell_the_range(key, value, expected):
             {"window.steps": 1, "window.direct": True, "window.stop_input_gradient": True},
             "window.stop_input_gradient: expected false, as window.direct takes one step, got True",
         ),
+        ({"nft.group": 1}, "nft.group: expected 0, or at least 2, as a clip's videos are compared, got 1"),
+        ({"nft.group": 2}, "nft.group: expected 0, unless window.steps is 1 or window.list one number, got 2"),
+        (
+            {"nft.group": 2, "window.steps": 1, "window.direct": True},
+            "nft.group: expected 0, as no gradient goes through the rewards then, which window.direct and "
+            "window.stop_input_gradient are about, got 2",
+        ),
+        (
+            {"nft.group": 2, "window.steps": 1, "trainable_models": "vae"},
+            "nft.group: expected 0, as only DiTs and the text encoder can train so, got 2",
+        ),
+        (
+            {"nft.group": 6, "window.steps": 1},
+            "nft.group: expected 0, unless noise.mode is fresh and noise.per_sample 0 or no less than nft.group, got 6",
+        ),
         (
             {"reward.frames": 2, "motion.copy_weight": 0.5},
             "reward.frames: expected 0, as motion.copy_weight compares with the first frame, got 2",

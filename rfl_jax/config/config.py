@@ -12,6 +12,7 @@ from rfl_jax.config.sections import (
     KLSection,
     MeshSection,
     MotionSection,
+    NFTSection,
     NoiseSection,
     ProfileSection,
     RealSection,
@@ -172,6 +173,7 @@ class Config(Original):
     real: RealSection = RealSection()
     motion: MotionSection = MotionSection()
     window: WindowSection = WindowSection()
+    nft: NFTSection = NFTSection()
     noise: NoiseSection = NoiseSection()
     sampling: SamplingSection = SamplingSection()
     data: DataSection = DataSection()
@@ -220,6 +222,11 @@ class Config(Original):
     def needs_untrained(self) -> bool:
         """Whether a term compares with the video that the network before training makes of the same noise."""
         return any(term.against == "untrained" for term in self.terms.values())
+
+    @property
+    def noises_at_once(self) -> int:
+        """Videos of one clip in a batch, of as many noises."""
+        return max(1, self.nft.group)
 
     @property
     def trained(self) -> Names:

@@ -104,6 +104,31 @@ RULES = (
         "false, unless window.steps is 1 or window.list one number",
     ),
     Rule(
+        ("nft.group",),
+        lambda cfg: cfg.nft.group != 1,
+        "0, or at least 2, as a clip's videos are compared",
+    ),
+    Rule(
+        ("nft.group", "window.steps", "window.list", "window.mode"),
+        lambda cfg: not cfg.nft.group or max(cfg.window.steps, len(cfg.window.list)) == 1,
+        "0, unless window.steps is 1 or window.list one number",
+    ),
+    Rule(
+        ("nft.group", "window.direct", "window.stop_input_gradient"),
+        lambda cfg: not (cfg.nft.group and (cfg.window.direct or cfg.window.stop_input_gradient)),
+        "0, as no gradient goes through the rewards then, which window.direct and window.stop_input_gradient are about",
+    ),
+    Rule(
+        ("nft.group", "trainable_models", "lora_base_model"),
+        lambda cfg: not cfg.nft.group or (cfg.trains_dit and "vae" not in cfg.trained),
+        "0, as only DiTs and the text encoder can train so",
+    ),
+    Rule(
+        ("nft.group", "noise.mode", "noise.per_sample"),
+        lambda cfg: not cfg.nft.group or (cfg.noise.mode == "fresh" and not 0 < cfg.noise.per_sample < cfg.nft.group),
+        "0, unless noise.mode is fresh and noise.per_sample 0 or no less than nft.group",
+    ),
+    Rule(
         ("window.stop_input_gradient", "window.direct"),
         lambda cfg: not (cfg.window.stop_input_gradient and cfg.window.direct),
         "false, as window.direct takes one step",

@@ -134,6 +134,17 @@ class WindowSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class NFTSection:
+    """Training on rewards that have no gradient, by comparing a clip's videos with one another (DiffusionNFT)."""
+
+    group: Annotated[
+        int,
+        AtLeast(0),
+        "Videos of a clip that are compared, neighbours in a batch, each of its own noise; 0: the gradient goes through rewards.",
+    ] = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class NoiseSection:
     """The noise that a video starts from."""
 

@@ -25,9 +25,15 @@ def samples_per_update(cfg: Config, mesh: Mesh) -> int:
     """Videos of one optimizer update, of all processes.
 
     Raises:
-        UserError: `train_batch_size` is no multiple of them.
+        UserError: `train_batch_size` is no multiple of them, or `nft.group` does not divide those that are sampled together.
     """
-    samples = micro_batch(cfg, mesh) * cfg.gradient_accumulation_steps
+    micro = micro_batch(cfg, mesh)
+    samples = micro * cfg.gradient_accumulation_steps
+    if cfg.nft.group and micro % cfg.nft.group:
+        raise UserError(
+            f"config.nft.group: expected a divisor of {micro} = per_device_train_batch_size "
+            f"{cfg.per_device_train_batch_size} x {batch_shards(mesh)} sample groups of the mesh, got {cfg.nft.group}"
+        )
     if cfg.train_batch_size % samples:
         raise UserError(
             f"config.train_batch_size: {cfg.train_batch_size} is no multiple of {samples} = per_device_train_batch_size "

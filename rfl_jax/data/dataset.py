@@ -36,6 +36,7 @@ def make_iterator(
     batch: int,
     seed: int,
     noises: int,
+    group: int = 1,
     real: Sequence[str] = (),
     terms: Mapping[str, str] | None = None,
     people: Sequence[str] = (),
@@ -47,18 +48,19 @@ def make_iterator(
         clips: all of them.
         names: arrays of a clip that a batch has; besides, "clip" is its number and "noise_index" which of its noises it
             starts from: the next one every epoch.
-        batch: clips a process takes each time.
+        batch: samples a process takes each time.
         seed: of the order, which differs from epoch to epoch.
         noises: a clip's noises, after which the first comes again; 0: never.
+        group: samples of one clip that follow each other, of so many noises.
         real: arrays that a batch has for guards.
         terms: of the reward, see `PreparedClip.load_terms`.
         people: arrays that a batch has of the clips' people, see `PreparedClip.load_people`.
         share: number of this process's part of every batch, and the number of parts.
     """
 
-    def load(position: int, number: int) -> ClipArrays:
-        epoch = position // len(clips)
-        index = epoch % noises if noises else epoch
+    def load(position: int, number: int, member: int) -> ClipArrays:
+        index = position // len(clips) * group + member
+        index = index % noises if noises else index
         clip = clips[number]
         values = clip.load(names)
         arrays = {"clip": np.array(number, np.int32), "noise_index": np.array(index, np.int32)}
@@ -69,8 +71,13 @@ def make_iterator(
     dataset = grain.MapDataset.source(range(len(clips))).seed(seed).shuffle().repeat(EPOCHS)
     # The parts of a batch are its consecutive rows, so that the batch is the same however many processes feed it.
     part, parts = share
-    positions = dataset.map_with_index(lambda position, number: (position, number)).batch(batch * parts, batch_fn=list)
-    mine = positions.map(lambda rows: _stack([load(*row) for row in rows[part * batch : (part + 1) * batch]]))
+    positions = dataset.map_with_index(lambda position, number: (position, number))
+
+    def share_of(rows: Sequence[tuple[int, int]]) -> ClipArrays:
+        samples = [(*row, member) for row in rows for member in range(group)]
+        return _stack([load(*sample) for sample in samples[part * batch : (part + 1) * batch]])
+
+    mine = positions.batch(batch * parts // group, batch_fn=list).map(share_of)
     return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 

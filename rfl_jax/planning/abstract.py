@@ -238,7 +238,8 @@ class _Terms:
         shapes = ((frames, 5, 2), jnp.float32), ((frames, 4), jnp.float32), ((frames,), jnp.bool)
         found = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
         batch = {**self.arrays, "pool": self._pool}
-        program = jax.value_and_grad(score, 1) if self._cfg.terms[name].weight else score
+        differentiated = self._cfg.terms[name].weight and not self._cfg.nft.group
+        program = jax.value_and_grad(score, 1) if differentiated else score
         return count_flops(program, self._frozen, self._video(frames), batch, found)
 
 

@@ -216,7 +216,7 @@ def step_flops(cfg: Config, plan: Plan) -> tuple[float, float]:
 
     Transformers by formula; autoencoder and face networks as the compiler counts their forward passes. The decoder
     and the embedder run forward, again when rematerialised, and backward to their inputs, which takes as much; the
-    detector forward alone. Where all people count, the embedder sees `PEOPLE` faces of each frame. Terms of the reward as the compiler counts them, forward and backward.
+    detector forward alone. Under `nft` nothing of them runs backward. Where all people count, the embedder sees `PEOPLE` faces of each frame. Terms of the reward as the compiler counts them, forward and backward.
     """
     needed, executed = dit_flops(cfg, plan.sampler, plan.latents, plan.samples)
     frames, rows, columns = plan.latents
@@ -231,10 +231,11 @@ def step_flops(cfg: Config, plan: Plan) -> tuple[float, float]:
     terms = sum(plan.terms.values())
     # The untrained network's video, where a term compares with that, is decoded and looked at without gradient.
     again = before + scored if cfg.needs_untrained else 0
-    videos = (before + 2 * scored + again) * decode + 2 * embed + (2 if cfg.needs_untrained else 1) * detect
+    both = 1 if cfg.nft.group else 2  # forward, and backward
+    videos = (before + both * scored + again) * decode + both * embed + (2 if cfg.needs_untrained else 1) * detect
     rest = plan.samples * (videos + terms)
     # Grouped caches take one more forward pass.
-    passes = 0 if cfg.policy == "none" else 2 if cfg.vae_caches == "recompute" else 1
+    passes = 0 if cfg.policy == "none" or cfg.nft.group else 2 if cfg.vae_caches == "recompute" else 1
     recomputed = plan.samples * scored * decode * passes
     return needed + rest, executed + rest + recomputed
 

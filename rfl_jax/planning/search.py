@@ -76,7 +76,8 @@ def variants(cfg: Config, devices: int) -> Iterator[Changes]:
     seen = set()
     for context in (n for n in range(1, devices + 1) if devices % n == 0):
         groups = devices // context
-        if cfg.train_batch_size % (groups * cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps):
+        together = groups * cfg.per_device_train_batch_size
+        if cfg.train_batch_size % (together * cfg.gradient_accumulation_steps) or together % cfg.noises_at_once:
             continue
         for policy in NAMES:
             for saving in SAVINGS:
@@ -97,7 +98,7 @@ def least_bytes(cfg: Config, plan: Plan) -> int:
     tokens = math.prod(plan.latents) // math.prod(sizes.patch_size)
     devices = cfg.mesh.context * cfg.mesh.data * cfg.mesh.fsdp
     block = plan.samples // cfg.gradient_accumulation_steps * tokens * sizes.dim * jnp.dtype(cfg.dtype).itemsize
-    # Of the steps that `window.direct` draws from one is taken.
+    # Of the steps that `window.direct` and `nft` draw from one is taken.
     steps = sum(map(plan.sampler.with_gradient, plan.sampler.spans)) or len(plan.sampler.direct[:1])
     kept = kept_by_block(cfg.policy, sizes.ffn_dim / sizes.dim) * sizes.num_layers * block
     # "nested" keeps one denoising step's.

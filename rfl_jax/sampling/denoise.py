@@ -52,11 +52,9 @@ def denoise(
         separate=sampler.separate,
         **steps_options(cfg.policy),
     )
-    if not sampler.direct:
+    if not cfg.window.direct:
         return out.latents, out.kl
-    key = jax.random.fold_in(jax.random.fold_in(key, DIRECT), update)
-    step = _one_of(sampler.direct, jax.random.fold_in(key, 0))
-    noise = jax.vmap(lambda clip: jax.random.normal(jax.random.fold_in(key, 1 + clip), out.latents.shape[1:]))(clips)
+    step, noise = draw_one(sampler, key, update, clips, out.latents.shape[1:])
     with phase_scope("grad_steps"):
         return align_directly(
             experts, sampler.direct, keep, out.latents, noise, sampler.sigmas, step, nested=cfg.policy == "nested"
@@ -74,10 +72,55 @@ def untrained_latents(
     return jax.lax.stop_gradient(rollout(before, start, sampler.sigmas, spans, keep=keep).latents)
 
 
-def _one_of(spans: Sequence[Span], key: Array) -> Int[Array, ""]:
-    """One of the spans' steps."""
-    steps = np.concatenate([np.arange(span.start, span.stop, dtype=np.int32) for span in spans])
-    return jnp.asarray(steps)[jax.random.randint(key, (), 0, len(steps))]
+def draw_one(
+    sampler: Sampler, key: Array, update: Array | int, clips: Int[Array, " b"], shape: tuple[int, ...]
+) -> tuple[Int[Array, ""], Latents]:
+    """One of `sampler.direct`'s steps, and a standard normal noise for each sample: functions of key, update and clip.
+
+    Args:
+        sampler: the steps.
+        key: the run's.
+        update: how many updates were made.
+        clips: numbers of the clips. Samples of the same one have the same noise.
+        shape: of one sample's latents.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(key, DIRECT), update)
+    steps = np.concatenate([np.arange(span.start, span.stop, dtype=np.int32) for span in sampler.direct])
+    step = jnp.asarray(steps)[jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(steps))]
+    return step, jax.vmap(lambda clip: jax.random.normal(jax.random.fold_in(key, 1 + clip), shape))(clips)
+
+
+def predict(
+    experts: Mapping[str, Expert],
+    spans: Sequence[Span],
+    x: Latents,
+    sigma: Float[Array, ""],
+    step: Int[Array, ""],
+    *,
+    nested: bool = False,
+) -> tuple[Latents, Float[Array, " b"]]:
+    """The velocity at one step by the network that takes it, and its divergence from that network's reference.
+
+    Args:
+        experts: with a batch's conditioning.
+        spans: where `step` may lie. Of two, what the backward pass needs of either network has its place in memory.
+        x: latents at the noise level sigma.
+        sigma: 0..1.
+        step: its number.
+        nested: rematerialise the whole step, so that nothing of it is kept until the backward pass.
+    """
+
+    def of(expert: Expert) -> tuple[Latents, Float[Array, " b"]]:
+        v = expert.velocity(x, jnp.full(x.shape[0], sigma * TRAIN_TIMESTEPS))
+        kl = jnp.zeros(x.shape[0]) if expert.reference is None else divergence(expert.reference, x, v, sigma)
+        return v, kl
+
+    if nested:
+        of = jax.checkpoint(of, policy=KEEP_REFERENCE, static_argnums=0)
+    chosen = [experts[span.expert] for span in spans]
+    if len(chosen) == 1:
+        return of(chosen[0])
+    return jax.lax.cond(step < spans[1].start, lambda: of(chosen[0]), lambda: of(chosen[1]))
 
 
 def align_directly(
@@ -99,7 +142,7 @@ def align_directly(
 
     Args:
         experts: with a batch's conditioning.
-        spans: where `step` may lie. Of two, what the backward pass needs of either network has its place in memory.
+        spans: where `step` may lie.
         keep: applied to what the network sees, and to the result.
         clean: no gradient goes through them.
         noise: standard normal.
@@ -110,17 +153,5 @@ def align_directly(
     clean = jax.lax.stop_gradient(clean)
     sigma, following = (jnp.asarray(sigmas)[step + i] for i in (0, 1))
     x = keep((1 - sigma) * clean + sigma * noise)
-
-    def of(expert: Expert) -> tuple[Latents, Float[Array, " b"]]:
-        v = expert.velocity(x, jnp.full(x.shape[0], sigma * TRAIN_TIMESTEPS))
-        kl = jnp.zeros(x.shape[0]) if expert.reference is None else divergence(expert.reference, x, v, sigma)
-        return v, kl
-
-    if nested:
-        of = jax.checkpoint(of, policy=KEEP_REFERENCE, static_argnums=0)
-    chosen = [experts[span.expert] for span in spans]
-    if len(chosen) == 1:
-        v, kl = of(chosen[0])
-    else:
-        v, kl = jax.lax.cond(step < spans[1].start, lambda: of(chosen[0]), lambda: of(chosen[1]))
+    v, kl = predict(experts, spans, x, sigma, step, nested=nested)
     return keep(clean + (following - sigma) / (1 - following) * (v - (noise - clean))), kl[None]

@@ -82,7 +82,11 @@ def flow_matching(
         noise: standard normal.
     """
     s = sigma[:, None, None, None, None]
-    v = velocity(keep((1 - s) * clean + s * noise), sigma * TRAIN_TIMESTEPS)
+    return squared_error(velocity(keep((1 - s) * clean + s * noise), sigma * TRAIN_TIMESTEPS), keep, clean, noise)
+
+
+def squared_error(v: Latents, keep: Callable[[Latents], Latents], clean: Latents, noise: Latents) -> Float[Array, " b"]:
+    """mean((v - (noise - clean))^2) of each sample where nothing is given, arguments as `flow_matching` has them."""
     free = keep(jnp.ones_like(clean)) - keep(jnp.zeros_like(clean))  # 1, and 0 where something is given
     axes = (1, 2, 3, 4)
     return jnp.sum(free * (v - (noise - clean)) ** 2, axes) / jnp.sum(free, axes)

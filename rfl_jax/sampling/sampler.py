@@ -40,8 +40,8 @@ class Sampler:
         spans: which network takes which steps.
         guidance: classifier-free guidance scale of each expert; 1 is none.
         drawn: of spans of which only so many steps have gradient, others in each update, how many.
-        direct: where the gradient is that of one step from known noise, and the spans have none: the steps it can be, each
-            as likely in an update as another.
+        direct: where the gradient is that of one step from known noise (`window.direct`, `nft`), and the spans have none: the
+            steps it can be, each as likely in an update as another.
         separate: whether each step's gradient stays its own, as `rollout` says.
         conditional: whether guided velocities have their gradient through the prediction with the prompt alone.
         rounds_inputs: whether int8 weights meet int8 inputs where nothing is differentiated: in spans without gradient
@@ -107,7 +107,7 @@ def make_sampler(cfg: Config) -> Sampler:
             for span in spans
             if span.gradient and window.drawn.get(span.expert, span.stop - span.start) < span.stop - span.start
         }
-    if cfg.window.direct:
+    if cfg.window.direct or cfg.nft.group:
         direct = tuple(span for span in spans if span.gradient)
         spans = plan(among=())
     guidance: dict[str, float] = dict.fromkeys(("dit", "dit2"), cfg.sampling.guidance_scale)
@@ -167,7 +167,8 @@ def _check_groups(cfg: Config, sampler: Sampler) -> None:
     counts = [(span.stop - span.start, span.expert) for span in compared_spans(cfg, sampler)]
     expected = ""
     if sampler.drawn or sampler.direct:
-        expected = "1, as the window draws the steps" if sampler.drawn else "1, as window.direct takes one step"
+        one = "window.direct" if cfg.window.direct else "nft"
+        expected = "1, as the window draws the steps" if sampler.drawn else f"1, as {one} takes one step"
     elif not counts:
         expected = "1, as no DiT trains"
     elif any(count % cfg.kl.every for count, _ in counts):

@@ -71,13 +71,13 @@ def choose_window(cfg: Config, experts: Sequence[str], first: int) -> Window | N
         chosen = sorted({int(number) for number in window.list})
         if not set(chosen) <= set(steps):
             raise UserError(f"config.window.list: expected some of {among}, got {','.join(window.list)}")
-    elif not window.direct:
+    elif not (window.direct or cfg.nft.group):
         drawn = _shares({name: [experts[i] for i in steps].count(name) for name in networks}, window.steps)
     served = {experts[i] for i in chosen}
     missing = [n for n in networks if (n in cfg.trained and n not in served) or drawn.get(n) == 0]
     if missing:
         key, got = ("list", ",".join(window.list)) if window.mode == "list" else ("steps", window.steps)
-        way = ", or window.mode=random" if window.direct else ""
+        way = ", or window.mode=random" if window.direct or cfg.nft.group else ""
         raise UserError(
             f"config.window.{key}: expected some step of {' and '.join(missing)} too ({among}){way}, got {got}"
         )

@@ -22,7 +22,7 @@ FIXED = (
     *("seed", "train_batch_size", "noise.mode"),
     *("extra_inputs", "data.num_frames", "data.max_pixels", "data.height", "data.width"),
     *("max_timestep_boundary", "min_timestep_boundary", "num_inference_steps", "mid_timestep", "final_timestep"),
-    *("window.mode", "window.steps", "window.list", "window.stop_input_gradient", "window.direct"),
+    *("window.mode", "window.steps", "window.list", "window.stop_input_gradient", "window.direct", "nft.group"),
     *("sampling.shift", "sampling.guidance_scale", "sampling.negative_prompt", "sampling.guidance_gradient"),
     *("reward.compat", "reward.channel_order", "reward.detector_size", "reward.use_first_frame", "reward.frames"),
     "reward.people",

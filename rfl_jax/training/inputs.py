@@ -94,12 +94,13 @@ def prepare_inputs(cfg: Config, folder: RunFolder, devices: Sequence[Any] | None
         micro=micro_batch(cfg, mesh),
         accumulation=cfg.gradient_accumulation_steps,
     )
-    steps_per_epoch = max(1, len(clips.training) // cfg.train_batch_size)
+    clips_per_step = cfg.train_batch_size // cfg.noises_at_once
+    steps_per_epoch = max(1, len(clips.training) // clips_per_step)
     steps = cfg.max_steps if cfg.max_steps > 0 else cfg.num_train_epochs * steps_per_epoch
     key = hosts.random_key(cfg.seed, mesh)
     if cached:
-        epochs = -(-steps * cfg.train_batch_size // len(clips.training))
-        noises = min(different_noises(cfg), epochs)
+        epochs = -(-steps * clips_per_step // len(clips.training))
+        noises = min(different_noises(cfg), epochs * cfg.noises_at_once)
         clips = Clips(
             cache_prefix(
                 cfg, sources, prefix, clips.training, cache, batches, key=key, noises=noises, mode=cfg.noise.mode

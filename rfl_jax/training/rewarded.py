@@ -29,14 +29,14 @@ class Reward:
     """What a batch of videos is rewarded by.
 
     Attributes:
-        loss: of all terms, mean over the samples.
+        losses: of all terms, of each sample.
         score: of the faces.
         guards: metrics of the guards, means over the samples.
         tallies: of each term in `reward.terms`, by name.
         drifts: of each term that holds its mean, by name.
     """
 
-    loss: Float[Array, ""]
+    losses: Float[Array, " b"]
     score: Score
     guards: dict[str, Array]
     tallies: dict[str, Tally]
@@ -102,7 +102,7 @@ def reward_of(
     score = faces.score(seen, batch)
     loss, guards = rewarded(cfg, score, batch)
     if not cfg.reward.terms:
-        return Reward(jnp.mean(loss), score, guards, {}, {})
+        return Reward(loss, score, guards, {}, {})
     known = {name: prepared_for(name, term, batch) for name, term in terms.items()}
     if untrained is not None:
         before = faces.see(jax.lax.stop_gradient(untrained), key)
@@ -111,9 +111,9 @@ def reward_of(
             for name, term in terms.items()
         }
 
-    def of_terms(names: list[str], seen: Seen) -> tuple[Float[Array, ""], Told]:
-        """What terms add to the loss, and what is told of those besides the face's."""
-        total, tallies, drifts = jnp.float32(0), {}, {}
+    def of_terms(names: list[str], seen: Seen) -> tuple[Float[Array, " b"], Told]:
+        """What terms add to the losses, and what is told of those besides the face's."""
+        total, tallies, drifts = jnp.zeros_like(loss), {}, {}
         for name in names:
             weight = cfg.terms[name].weight
             if name in terms:
@@ -123,7 +123,7 @@ def reward_of(
                     pushed, drifts[name] = _held(terms[name], found, (pushes or {}).get(name, 0.0))
                     total = total + pushed
             else:
-                value = jnp.mean(rewarded(cfg, faces.score(seen, batch), batch)[0])
+                value, _ = rewarded(cfg, faces.score(seen, batch), batch)
             # What is only watched has no gradient.
             total = total + weight * (value if weight else jax.lax.stop_gradient(value))
         return total, (tallies, drifts)
@@ -131,10 +131,12 @@ def reward_of(
     turns: dict[int, list[str]] = {}
     for name, term in cfg.terms.items():
         turns.setdefault(term.every, []).append(name)
-    total, tallies, drifts = jnp.float32(0), {}, {}
+    total, tallies, drifts = jnp.zeros_like(loss), {}, {}
     for every, names in turns.items():
         ours = partial(of_terms, names)
-        value, told = ours(seen) if every == 1 else _in_turn(ours, seen, every, update)
+        value, told = (
+            ours(seen) if every == 1 else _in_turn(ours, seen, update % every == 0, with_gradient=not cfg.nft.group)
+        )
         total, tallies, drifts = total + every * value, tallies | told[0], drifts | told[1]
     # The face is looked at in every update, whether it is trained on or not.
     faces_tally = {name: _tally(score.score, score.valid) for name in cfg.terms if name not in terms}
@@ -142,12 +144,19 @@ def reward_of(
 
 
 def _in_turn(
-    terms: Callable[[Seen], tuple[Float[Array, ""], Told]], seen: Seen, every: int, update: Array | int
-) -> tuple[Float[Array, ""], Told]:
-    """What terms give in every `every`-th update, in the others of which nothing of them runs: zeros."""
+    terms: Callable[[Seen], tuple[Float[Array, " b"], Told]], seen: Seen, due: Array | bool, *, with_gradient: bool
+) -> tuple[Float[Array, " b"], Told]:
+    """What terms give in an update in which they are due, in the others of which nothing of them runs: zeros."""
 
-    def taught(frames: Array) -> tuple[tuple[Float[Array, ""], Told], Array]:
-        return jax.value_and_grad(lambda x: terms(seen.at(x)), has_aux=True)(frames)
+    def summed(frames: Array) -> tuple[Array, tuple[Float[Array, " b"], Told]]:
+        found = terms(seen.at(frames))
+        return jnp.sum(found[0]), found
+
+    def taught(frames: Array) -> tuple[tuple[Float[Array, " b"], Told], Array]:
+        if not with_gradient:
+            return terms(seen.at(frames)), jnp.zeros_like(frames)
+        pull, found = jax.grad(summed, has_aux=True)(frames)
+        return found, pull
 
     def left_out(frames: Array) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(taught, frames))
@@ -155,8 +164,10 @@ def _in_turn(
     # Forward and backward pass are in one branch: activations do not leave it. What leaves is the derivative by the pixels, which
     # stands for all that was done to them.
     frames = jax.lax.stop_gradient(seen.frames)
-    (value, told), pull = jax.lax.cond(update % every == 0, taught, left_out, frames)
-    return value + jnp.sum(pull * (seen.frames - frames), dtype=jnp.float32), told
+    (value, told), pull = jax.lax.cond(due, taught, left_out, frames)
+    by_frame = jnp.sum(pull * (seen.frames - frames), (1, 2, 3), dtype=jnp.float32)
+    by_video = by_frame[: seen.count * seen.length].reshape(seen.count, seen.length)
+    return value + jnp.sum(by_video, axis=1), told
 
 
 def _tally(score: Float[Array, " b"], valid: Array) -> Tally:
@@ -170,15 +181,15 @@ def _anew(term: Term, seen: Seen, prepared: Prepared) -> Prepared:
     return {**prepared, REAL: term(seen, prepared).score} if term.cfg.ceiling else prepared
 
 
-def _of_term(term: Term, seen: Seen, prepared: Prepared, found: TermScore) -> tuple[Float[Array, ""], Tally]:
-    """The mean loss of a term's score over the samples of which it says something, none of the others; and its tally."""
+def _of_term(term: Term, seen: Seen, prepared: Prepared, found: TermScore) -> tuple[Float[Array, " b"], Tally]:
+    """The losses of a term's scores, none of the samples of which it says nothing; and its tally."""
     judged = jnp.minimum(found.score, term.ceiling(seen, prepared)) if term.cfg.ceiling else found.score
-    return jnp.mean(jnp.where(found.valid, term.loss(judged), 0.0)), _tally(found.score, found.valid)
+    return jnp.where(found.valid, term.loss(judged), 0.0), _tally(found.score, found.valid)
 
 
-def _held(term: Term, found: TermScore, push: Array | float) -> tuple[Float[Array, ""], Tally]:
-    """What a term that holds its mean adds to the loss, a push of 1 as strong as its score of weight 1; and the tally of drifts."""
+def _held(term: Term, found: TermScore, push: Array | float) -> tuple[Float[Array, " b"], Tally]:
+    """What a term that holds its mean adds to the losses, a push of 1 as strong as its score of weight 1; and the tally of drifts."""
     if found.drift is None:
         raise ValueError(f"{type(term).__name__} holds no mean: its scores tell no drift")
-    pushed = push * jnp.mean(jnp.where(found.valid, found.drift, 0.0)) / term.std * LOSS_WEIGHT
+    pushed = push * jnp.where(found.valid, found.drift, 0.0) / term.std * LOSS_WEIGHT
     return pushed, _tally(found.drift, found.valid)

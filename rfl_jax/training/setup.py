@@ -81,6 +81,7 @@ class Run:
             share=share,
             seed=self.cfg.seed,
             noises=different_noises(self.cfg),
+            group=self.cfg.noises_at_once,
             real=self.cfg.real_arrays,
             terms=term_keys(self.cfg),
             people=self.cfg.people_arrays,

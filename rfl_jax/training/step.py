@@ -23,6 +23,7 @@ from rfl_jax.sampling.window import draw_frames
 from rfl_jax.training.budget import adapted
 from rfl_jax.training.finite import finite_gradients, finite_weights
 from rfl_jax.training.hold import followed, push
+from rfl_jax.training.nft import advantages, weighed_matching
 from rfl_jax.training.rewarded import reward_of
 from rfl_jax.training.state import TrainState, follow
 
@@ -70,8 +71,12 @@ def make_loss(cfg: Config, networks: Networks, sampler: Sampler) -> Callable[...
             terms = build_terms(cfg, networks, params, frozen)
             faces = networks.build("reward", params, frozen)
             reward = reward_of(cfg, faces, terms, video, batch, update, key, untrained, pushes)
-        kl, score = jnp.mean(kls), reward.score
-        value = cfg.reward.weight * reward.loss + cfg.reward.kl_weight * kl_factor * kl
+        losses, score = reward.losses, reward.score
+        if cfg.nft.group:
+            advantage = advantages(-losses, score.valid | (cfg.face_term.weight == 0), cfg.nft.group)
+            losses, kls = weighed_matching(cfg, sampler, experts, keep, latents, advantage, **told)
+        kl = jnp.mean(kls)
+        value = cfg.reward.weight * jnp.mean(losses) + cfg.reward.kl_weight * kl_factor * kl
         count = jnp.sum(score.valid)
         metrics = {
             "loss": value,

@@ -47,6 +47,27 @@ def test_samples_are_shuffled_by_seed_and_resumable(tmp_path):
     assert [next(again)["clip"].tolist() for _ in range(2)] == first[4:]
 
 
+def test_a_group_is_one_clip_with_the_next_noises(tmp_path):
+    prepared = fake_prepared(tmp_path, 4)
+
+    def batches(**share):
+        iterator = make_iterator(prepared, ["y"], seed=0, noises=6, group=2, **share)
+        return [next(iterator) for _ in range(6)]
+
+    found = batches(batch=4)
+    assert [x["noise_index"].tolist() for x in found] == [[i, i + 1] * 2 for i in (0, 0, 2, 2, 4, 4)]
+    for batch in found:
+        assert np.array_equal(batch["clip"][::2], batch["clip"][1::2])
+        assert np.array_equal(batch["clip"], batch["y"][:, 0, 0])
+    for epoch in (found[:2], found[2:4]):
+        assert sorted(np.concatenate([x["clip"] for x in epoch])) == [0, 0, 1, 1, 2, 2, 3, 3]
+    # However many processes feed a batch.
+    parts = [batches(batch=1, share=(i, 4)) for i in range(4)]
+    for i, batch in enumerate(found):
+        for name in ("clip", "noise_index"):
+            assert batch[name].tolist() == [int(part[i][name][0]) for part in parts]
+
+
 @pytest.mark.parametrize(("noises", "want"), [(0, [0, 1, 2, 3, 4]), (2, [0, 1, 0, 1, 0]), (1, [0] * 5)])
 def test_every_epoch_takes_a_samples_next_noise(tmp_path, noises, want):
     iterator = make_iterator(fake_prepared(tmp_path, 6), ["y"], batch=3, seed=0, noises=noises)

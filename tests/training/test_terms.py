@@ -103,7 +103,9 @@ def reward():
         def total(video, update):
             before = None if untrained is None else untrained * video
             found = reward_of(cfg, faces, terms, video, batch, update, jax.random.key(0), before, pushes)
-            return found.loss, found.tallies | {f"{name}/drift": drift for name, drift in found.drifts.items()}
+            return jnp.mean(found.losses), found.tallies | {
+                f"{name}/drift": drift for name, drift in found.drifts.items()
+            }
 
         (loss, tallies), slope = jax.jit(jax.value_and_grad(total, has_aux=True))(video, jnp.int32(update))
         jax.effects_barrier()
