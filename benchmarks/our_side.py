@@ -17,6 +17,7 @@ from benchmarks import sides
 from benchmarks.sides import Inputs, Outcome, Side, in_one
 from configs.mini import miniature
 from convert.export import adapter_file
+from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config, parse, plain
 from rfl_jax.memory import keep_freed_memory
 from rfl_jax.miniature.data import draw_clips
@@ -152,7 +153,7 @@ class OurSide(Side):
         return jax.block_until_ready(metrics)
 
     def _jitted(self, f: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        jitted = jax.jit(f)
+        jitted = jax.jit(f, compiler_options=compiler_options())
 
         def run() -> Any:
             with jax.set_mesh(self._run.mesh):

@@ -16,6 +16,7 @@ from benchmarks.our_side import configuration
 from benchmarks.sides import Outcome, Side, UseInputs
 from convert import store
 from convert.export import entries
+from rfl_jax.chips import compiler_options
 from rfl_jax.data.encoding import negative_context
 from rfl_jax.data.sizes import clip_settings
 from rfl_jax.data.videos import read_clip
@@ -119,7 +120,9 @@ class OurUses(Side):
 
     def _action(self, module: Any, f: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
         graph, weights = nnx.split(module)
-        jitted = jax.jit(lambda weights, *arguments: f(nnx.merge(graph, weights), *arguments))
+        jitted = jax.jit(
+            lambda weights, *arguments: f(nnx.merge(graph, weights), *arguments), compiler_options=compiler_options()
+        )
         placed = jax.device_put(arguments)
 
         def run() -> Any:

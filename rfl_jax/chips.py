@@ -73,8 +73,10 @@ ACCELERATOR_TYPES = {
 
 # How programs are compiled for a platform. TPUs: weights of layers are gathered while others are computed with, in steps beside
 # matrix products, and not before them, where the chip can. Gathers are fused with products on v5e alone, which does so by itself:
-# elsewhere `..._fuse_all_gather` may give wrong results by word of libtpu 0.0.50, which refuses it.
+# elsewhere `..._fuse_all_gather` may give wrong results by word of libtpu 0.0.50, which refuses it. CPUs: products alone are left to
+# YNNPACK, which by default takes convolutions as well and computes each with one thread.
 COMPILER_OPTIONS = {
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"},
     "tpu": {
         "xla_enable_async_all_gather": "true",
         "xla_tpu_enable_async_collective_fusion": "true",
@@ -84,10 +86,12 @@ COMPILER_OPTIONS = {
 }
 
 
-def compiler_options(mesh: Mesh, more: Sequence[str] = ()) -> dict[str, str]:
-    """Options of XLA for programs on these devices: their platform's own, and NAME=VALUE over them."""
-    own = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
-    return {**own, **dict(pair.split("=", 1) for pair in more)}
+def compiler_options(mesh: Mesh | None = None, more: Sequence[str] = ()) -> dict[str, str]:
+    """Options of XLA for programs on the devices of a mesh, by default this machine's: their platform's own, and NAME=VALUE over
+    them.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return {**COMPILER_OPTIONS.get(platform, {}), **dict(pair.split("=", 1) for pair in more)}
 
 
 # What libtpu asks of a machine; where it finds no answer it complains, or waits for a metadata server.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config
 from rfl_jax.data.cache import ClipArrays
 from rfl_jax.data.text import PromptTokenizer
@@ -96,6 +97,10 @@ class ClipEncoder:
         with waiting("compile the search for the people of a clip", show=first and is_writer()):
             return {name: np.asarray(x) for name, x in self._encode_people(video).items()}
 
+    @property
+    def _options(self) -> dict[str, str]:
+        return compiler_options(more=self.cfg.compiler_options)
+
     @functools.cached_property
     def _vae(self) -> VAE:
         return open_network(self.cfg, "vae", self.sources.vae, "prepare")
@@ -120,7 +125,7 @@ class ClipEncoder:
         conditioning = conditioning_of(DIT_PRESETS[cfg.preset])
         assert conditioning is not None
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=self._options)
         def encode(weights: nnx.State, video: jax.Array, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
             networks = nnx.merge(graph, weights)
             image, last = video[None, 0], video[None, -1] if end else None
@@ -137,7 +142,7 @@ class ClipEncoder:
     def _encode_real(self) -> Callable[[np.ndarray, tuple[str, ...]], dict[str, jax.Array]]:
         graph, weights = nnx.split({"vae": self._vae, "reward": self._reward})
 
-        @functools.partial(jax.jit, static_argnums=2)
+        @functools.partial(jax.jit, static_argnums=2, compiler_options=self._options)
         def encode(weights: nnx.State, video: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
             networks = nnx.merge(graph, weights)
             out = {}
@@ -156,7 +161,7 @@ class ClipEncoder:
             networks["judge"] = open_judge(self.cfg, self._reward, self.judge)
         graph, weights = nnx.split(networks)
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=self._options)
         def encode(weights: nnx.State, video: jax.Array) -> dict[str, jax.Array]:
             networks = nnx.merge(graph, weights)
             return networks["reward"].people(video, networks.get("judge"))
@@ -170,7 +175,7 @@ class ClipEncoder:
         names = list(self.cfg.other_terms)
         graph, weights = nnx.split({"reward": self._reward, "terms": open_terms(self.cfg, "prepare")})
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=self._options)
         def encode(
             weights: nnx.State, video: jax.Array, clip: dict[str, jax.Array], tokens: dict[str, dict[str, jax.Array]]
         ) -> dict[str, dict[str, jax.Array]]:

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from rfl_jax import hosts
+from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config
 from rfl_jax.data.batching import Batches, filled, in_batches
 from rfl_jax.data.cache import ClipArrays, PreparedClip
@@ -74,6 +75,7 @@ class HeldOut:
         self._sampler = sampler
         self._key = evaluation_key(key)
         self._whole = replicated(batches.mesh)
+        self._options = compiler_options(batches.mesh, cfg.compiler_options)
         self._terms = term_keys(cfg)
         self._people = (*cfg.people_arrays, "judge_people_pool") if cfg.people_arrays else ()
         self.term_measures = term_measures(cfg)
@@ -155,11 +157,11 @@ class HeldOut:
             video = jnp.clip(networks.build("vae", params, frozen).decode(latents), -1, 1)
             return video, self._judged(frozen, judge, video, batch)
 
-        return hosts.together(jax.jit(sample, out_shardings=self._whole))
+        return hosts.together(jax.jit(sample, out_shardings=self._whole, compiler_options=self._options))
 
     @functools.cached_property
     def _score(self) -> Any:
-        return hosts.together(jax.jit(self._judged, out_shardings=self._whole))
+        return hosts.together(jax.jit(self._judged, out_shardings=self._whole, compiler_options=self._options))
 
     def _judged(self, frozen: Frozen, judge: nnx.State, video: Array, batch: Batch) -> Judged:
         """What the networks say of videos, whose faces are looked for once."""

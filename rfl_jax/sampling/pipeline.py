@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rfl_jax import hosts
+from rfl_jax.chips import compiler_options
 from rfl_jax.config import Config, config_file, parse
 from rfl_jax.data.batching import filled, in_batches, micro_batch
 from rfl_jax.data.sizes import clip_multiple, video_size
@@ -71,6 +72,10 @@ class Pipeline:
     @property
     def shape(self) -> DiTConfig:
         return DIT_PRESETS[self.cfg.preset]
+
+    @property
+    def _options(self) -> dict[str, str]:
+        return compiler_options(self.mesh, self.cfg.compiler_options)
 
     @property
     def at_once(self) -> int:
@@ -175,7 +180,11 @@ class Pipeline:
         tokenize = PromptTokenizer(self.sources.tokenizer, self.shape.text_len)
         encoder = open_network(self.cfg, "text_encoder", self.sources.text_encoder, "sample")
         graph, weights = nnx.split(add_trained(encoder, self.trained))
-        encode = jax.jit(lambda weights, ids, mask: nnx.merge(graph, weights).context(ids, mask)[0])
+
+        def encoded(weights: nnx.State, ids: jax.Array, mask: jax.Array) -> jax.Array:
+            return nnx.merge(graph, weights).context(ids, mask)[0]
+
+        encode = jax.jit(encoded, compiler_options=self._options)
         for prompt in tqdm(new, desc="encode prompts", disable=None if len(new) > 1 else True):
             ids, mask = tokenize([prompt])
             self._contexts[prompt] = np.asarray(encode(weights, ids, mask).astype(jnp.float32))
@@ -243,7 +252,7 @@ class Pipeline:
                 x = keep(x)
                 return x, experts[expert].velocity(x, t)
 
-            self._velocities[expert, guidance] = jax.jit(velocity)
+            self._velocities[expert, guidance] = jax.jit(velocity, compiler_options=self._options)
         return self._velocities[expert, guidance]
 
     @functools.cached_property
@@ -251,7 +260,7 @@ class Pipeline:
         def decode(weights: nnx.State, z: jax.Array) -> jax.Array:
             return jnp.clip(self.networks.merge("vae", weights).decode(z), -1, 1)
 
-        return jax.jit(decode, out_shardings=replicated(self.mesh))
+        return jax.jit(decode, out_shardings=replicated(self.mesh), compiler_options=self._options)
 
     def _decode(self, latents: jax.Array) -> np.ndarray:
         with jax.set_mesh(self.mesh):

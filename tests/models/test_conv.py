@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rfl_jax.chips import compiler_options
 from rfl_jax.models.conv import conv2d
 
 SHAPES = {  # height, width, kernel, stride, padding
@@ -34,3 +35,16 @@ def test_gradients_are_those_of_the_plain_convolution(shape):
     g = jnp.asarray(rng.normal(size=want.shape), jnp.float32)
     for ours, theirs in zip(back(g), back_plain(g), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_on_a_cpu_are_computed_by_all_threads():
+    def convolve(x, kernel):
+        return conv2d(x, kernel, padding=((1, 1), (1, 1)))
+
+    def library(**options):
+        x, kernel = jnp.ones((8, 32, 32, 48)), jnp.ones((3, 3, 48, 16))
+        return "ynn_fusion" in jax.jit(convolve, **options).lower(x, kernel).compile().as_text()
+
+    # Where XLA no longer does so by default, the option in rfl_jax/chips.py may go.
+    assert library()
+    assert not library(compiler_options=compiler_options())
