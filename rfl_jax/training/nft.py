@@ -26,8 +26,8 @@ from rfl_jax.sampling.sampler import Sampler
 
 
 def advantages(rewards: Float[Array, " b"], valid: Bool[Array, " b"], group: int) -> Float[Array, " b"]:
-    """How much better each video is than its group, in standard deviations of all such differences, -1..1 (the paper's Eq. 11
-    and Algorithm 1); 0 of videos that say nothing, of those without a rival that does, and where all are alike.
+    """How much better each video is than its group, in standard deviations of all such differences, cut to -1..1 as the paper's
+    rewards are; 0 of videos that say nothing, of those without a rival that does, and where all are alike.
 
     Args:
         rewards: of the videos.
