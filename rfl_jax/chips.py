@@ -73,10 +73,8 @@ ACCELERATOR_TYPES = {
 
 # How programs are compiled for a platform. TPUs: weights of layers are gathered while others are computed with, in steps beside
 # matrix products, and not before them, where the chip can. Gathers are fused with products on v5e alone, which does so by itself:
-# elsewhere `..._fuse_all_gather` may give wrong results by word of libtpu 0.0.50, which refuses it. CPUs: products alone are left to
-# YNNPACK, which by default takes convolutions as well and computes each with one thread.
+# elsewhere `..._fuse_all_gather` may give wrong results by word of libtpu 0.0.50, which refuses it.
 COMPILER_OPTIONS = {
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"},
     "tpu": {
         "xla_enable_async_all_gather": "true",
         "xla_tpu_enable_async_collective_fusion": "true",

@@ -37,7 +37,7 @@ def test_gradients_are_those_of_the_plain_convolution(shape):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_convolutions_on_a_cpu_are_computed_by_all_threads():
+def test_an_option_has_convolutions_on_a_cpu_computed_by_all_threads():
     def convolve(x, kernel):
         return conv2d(x, kernel, padding=((1, 1), (1, 1)))
 
@@ -45,6 +45,7 @@ def test_convolutions_on_a_cpu_are_computed_by_all_threads():
         x, kernel = jnp.ones((8, 32, 32, 48)), jnp.ones((3, 3, 48, 16))
         return "ynn_fusion" in jax.jit(convolve, **options).lower(x, kernel).compile().as_text()
 
-    # Where XLA no longer does so by default, the option in rfl_jax/chips.py may go.
+    # YNNPACK computes each with one thread. Where XLA no longer leaves them to it, the advice in docs/train.md may go.
     assert library()
-    assert not library(compiler_options=compiler_options())
+    option = "xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+    assert not library(compiler_options=compiler_options(more=[option]))
